@@ -1,0 +1,121 @@
+"""From a run folder to a model that answers: read without Lightning, without running code from the file.
+
+A checkpoint is a file of tensors and plain values (``torch.load(weights_only=True)``). Under the key ``bitnet`` it
+holds what is needed to build the model again: format version, model config, recipe and the tokenizer's JSON text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitnet.config import ModelConfig
+from bitnet.errors import UserError
+from bitnet.model import Transformer
+from bitnet.recipes import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FORMAT_VERSION = 1
+MODEL_PREFIX = "model."
+
+
+def describe(config: ModelConfig, recipe: Recipe, tokenizer_json: str) -> dict[str, Any]:
+    """The ``bitnet`` entry of a checkpoint: plain values only."""
+    assert dataclasses.is_dataclass(recipe)
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": dataclasses.asdict(config),
+        "recipe": {"name": type(recipe).__name__, **dataclasses.asdict(recipe)},
+        "tokenizer": tokenizer_json,
+    }
+
+
+def find_checkpoint(path: str | Path, which: str = "last") -> Path:
+    """The .ckpt file meant by ``path``: itself, or ``checkpoints/<which>.ckpt`` of a run folder."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder or checkpoint.")
+    file = path / "checkpoints" / f"{which}.ckpt"
+    if not file.is_file():
+        raise UserError(f"{path}: holds no checkpoints/{which}.ckpt; is it the folder of a run that has saved?")
+    return file
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The whole content of a checkpoint on the CPU. Raises ``UserError`` when it is damaged or not one of ours."""
+    file = find_checkpoint(path)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{file}: not a readable checkpoint ({reason[:120]}).") from error
+    if not isinstance(content, dict) or "bitnet" not in content or "state_dict" not in content:
+        raise UserError(f"{file}: not a checkpoint of this library (it has no 'bitnet' entry).")
+    version = content["bitnet"].get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file}: checkpoint format {version}; this version reads {FORMAT_VERSION}.")
+    return content
+
+
+def build(description: dict[str, Any]) -> tuple[ModelConfig, Recipe]:
+    """Config and recipe from the ``bitnet`` entry of a checkpoint."""
+    config = ModelConfig(**description["config"])
+    options = dict(description["recipe"])
+    name = options.pop("name")
+    if name not in RECIPES:
+        raise UserError(f"recipe {name!r} of the checkpoint is unknown here; known: {', '.join(sorted(RECIPES))}.")
+    kind = RECIPES[name]
+    for key, value in options.items():
+        options[key] = tuple(value) if isinstance(value, list) else value
+    return config, kind(**options)
+
+
+def model_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of the model, under the names that ``Transformer`` gives them."""
+    return {
+        key.removeprefix(MODEL_PREFIX): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(MODEL_PREFIX)
+    }
+
+
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[Transformer, Tokenizer]:
+    """``(model, tokenizer)`` of a run folder or .ckpt file, in eval mode.
+
+    The forward pass of the model, (B, T) ids -> (B, T, vocab) logits, is the quantized one that was trained.
+    """
+    from tokenizers import Tokenizer
+
+    content = read_checkpoint(path)
+    config, recipe = build(content["bitnet"])
+    with torch.device("meta"):
+        model = Transformer(config)
+        recipe.prepare(model)
+    missing, unexpected = model.load_state_dict(model_state(content), strict=False, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.tok_embeddings.weight
+        missing = [name for name in missing if name != "lm_head.weight"]
+    if missing or unexpected:
+        raise UserError(f"{path}: tensors do not fit the model: {', '.join([*missing, *unexpected][:4])}.")
+    recipe.finalize(model)
+    return model.to(device).eval(), Tokenizer.from_str(content["bitnet"]["tokenizer"])
+
+
+def weights_digest(state: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors: equal digests mean bit-equal weights."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,237 @@
+"""``TokenDataModule``: point it at text; it gives a Lightning trainer batches, and a run its tokenizer."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from bitnet.data import streaming as stream
+from bitnet.data.corpora import BUILTIN, DocumentList, Reading, open_corpus
+from bitnet.data.loader import EvalLoader, TrainLoader, row_count
+from bitnet.data.tokens import Progress, Splitting, TokenStore, document_ids, is_token_folder, prepare
+from bitnet.errors import UserError
+
+
+def default_cache_dir() -> Path:
+    """``$BITNET_CACHE``, or ``bitnet-lightning`` in the user's cache folder."""
+    if folder := os.environ.get("BITNET_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bitnet-lightning"
+
+
+class TokenDataModule(L.LightningDataModule):
+    """Text in, batches of ``{"inputs", "targets"}`` (and ``"document_ids"``) out.
+
+    Args:
+        path: Files, folders, globs, hf:NAME, a prepared token folder, or builtin:python; a list mixes several.
+        weights: Share of the training rows that each path supplies; null for all rows of all.
+        val_path: Text to validate on; null holds out a part of path.
+        val_fraction: Fraction of the text that is held out.
+        val_split: Which documents are held out: drawn at random, or the last ones.
+        separator: Text between two of these is one document; empty leaves files whole.
+        text_key: Key of the text in .jsonl, .parquet and datasets.
+        split: Split of a Hugging Face dataset.
+        subset: Configuration name of a Hugging Face dataset.
+        streaming: Read the text as it comes instead of preparing it on disk.
+        stream_block: Batches that are gathered and shuffled together while streaming.
+        stream_val_bytes: Bytes at the start of a stream that are held out when there is no val_path.
+        tokenizer: A tokenizer.json to use; null trains one on the text.
+        vocab_size: Number of tokens of a tokenizer to be trained.
+        eos_token: End-of-text token of a given tokenizer; null finds the usual ones.
+        seq_len: Tokens per row.
+        batch_size: Rows per device and step (times trainer.accumulate_grad_batches).
+        val_batch_size: Rows per device while validating; null for batch_size.
+        mask_documents: Let a token see only its own document.
+        seed: Decides held-out documents and the order of rows.
+        cache_dir: Where prepared tokens are kept; null for $BITNET_CACHE or ~/.cache/bitnet-lightning.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str] = BUILTIN,
+        *,
+        weights: list[float] | None = None,
+        val_path: str | list[str] | None = None,
+        val_fraction: float = 0.05,
+        val_split: Literal["random", "last"] = "random",
+        separator: str = "<|endoftext|>",
+        text_key: str = "text",
+        split: str = "train",
+        subset: str | None = None,
+        streaming: bool = False,
+        stream_block: int = 64,
+        stream_val_bytes: int = 1_000_000,
+        tokenizer: str | None = None,
+        vocab_size: int = 32_000,
+        eos_token: str | None = None,
+        seq_len: int = 2048,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        mask_documents: bool = False,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.paths = [path] if isinstance(path, str) else list(path)
+        self.val_paths = [val_path] if isinstance(val_path, str) else list(val_path or [])
+        _check(self.paths, weights, val_fraction, seq_len, batch_size, stream_block)
+        self.weights, self.vocab_size = weights, vocab_size
+        self.reading = Reading(separator=separator, text_key=text_key, split=split, subset=subset)
+        self.splitting = Splitting(val_fraction=val_fraction, val_split=val_split, seed=seed)
+        self.streaming, self.stream_block, self.stream_val_bytes = streaming, stream_block, stream_val_bytes
+        self.tokenizer_path, self.eos_token = tokenizer, eos_token
+        self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
+        self.mask_documents, self.seed = mask_documents, seed
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.progress: Progress | None = None
+        self.store: TokenStore | None = None
+        self._stream_head = 0
+        self._train_loader: TrainLoader | stream.StreamLoader | None = None
+
+    # ---- preparing
+
+    def prepare_tokens(self) -> TokenStore:
+        """Read, tokenize and cache what is needed; idempotent. Raises ``UserError`` for bad or too little text."""
+        if self.store is not None:
+            return self.store
+        if is_token_folder(self.paths[0]):
+            if len(self.paths) > 1 or self.streaming:
+                raise UserError(f"{self.paths[0]}: a prepared token folder must be the only data.path, and not streamed.")
+            store = TokenStore(Path(self.paths[0]).expanduser())
+        else:
+            val = [open_corpus(p, self.reading) for p in self.val_paths]
+            train = self._stream_corpora(val) if self.streaming else [open_corpus(p, self.reading) for p in self.paths]
+            store = prepare(
+                train,
+                val,
+                self.reading,
+                self.splitting,
+                self.tokenizer_path,
+                self.vocab_size,
+                self.eos_token,
+                self.cache_dir,
+                self.progress,
+            )
+        self._check_length(store)
+        self.store = store
+        return store
+
+    def _stream_corpora(self, val: list[Any]) -> list[Any]:
+        """Hold the head of the stream out into ``val`` unless there is some; return a sample for the tokenizer."""
+        dataset = stream.open_stream(self.paths, self.weights, self.reading, self.seed)
+        val_bytes = 0 if val else self.stream_val_bytes
+        head, sample, self._stream_head = stream.take_head(dataset, self.reading.text_key, val_bytes, 16 << 20)
+        name = ", ".join(self.paths)
+        if not val:
+            val.append(DocumentList(f"{name} (first {len(head)} documents)", head))
+        return [DocumentList(f"{name} (sample)", sample)]
+
+    def _check_length(self, store: TokenStore) -> None:
+        tokens = sum(store.totals(f"train-{i}").tokens for i in range(store.sources))
+        rows = sum(row_count(store.totals(f"train-{i}").tokens, self.seq_len) for i in range(store.sources))
+        if not self.streaming and rows < self.batch_size:
+            raise UserError(
+                f"{', '.join(self.paths)}: {tokens} training tokens make {rows} rows of data.seq_len = {self.seq_len}; "
+                f"a batch needs {self.batch_size}. Give more text, or lower data.seq_len or data.batch_size."
+            )
+        if self.weights is not None and not self.streaming:
+            for i, path in enumerate(self.paths):
+                if self.weights[i] > 0 and row_count(store.totals(f"train-{i}").tokens, self.seq_len) == 0:
+                    raise UserError(f"{path}: too short for one row of data.seq_len = {self.seq_len}.")
+
+    def prepare_data(self) -> None:
+        self.prepare_tokens()
+
+    def setup(self, stage: str) -> None:
+        self.prepare_tokens()
+
+    @property
+    def tokens(self) -> TokenStore:
+        assert self.store is not None, "prepare_tokens() has not been called"
+        return self.store
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.tokens.tokenizer
+
+    # ---- loaders
+
+    def _ranks(self) -> dict[str, int]:
+        trainer = self.trainer
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+
+    def train_dataloader(self) -> "TrainLoader | stream.StreamLoader":
+        store = self.tokens
+        if self.streaming:
+            self._train_loader = self._stream_loader(store)
+        else:
+            files = [store.ids(f"train-{i}") for i in range(store.sources)]
+            loader = TrainLoader(
+                files, self.seq_len, self.batch_size, weights=self.weights, seed=self.seed, **self._ranks()
+            )
+            if len(loader) == 0:
+                raise UserError(
+                    f"{loader.rows_per_epoch} rows do not fill one batch of {loader.rows_per_batch} "
+                    f"(data.batch_size x {loader.world_size} devices)."
+                )
+            self._train_loader = loader
+        return self._train_loader
+
+    def _stream_loader(self, store: TokenStore) -> stream.StreamLoader:
+        trainer = self.trainer
+        if trainer is None or trainer.max_steps is None or trainer.max_steps < 0:
+            raise UserError("data.streaming: a stream has no epochs; set trainer.max_steps.")
+        dataset = stream.open_stream(self.paths, self.weights, self.reading, self.seed)
+        return stream.StreamLoader(
+            dataset.skip(self._stream_head) if self._stream_head else dataset,
+            store.tokenizer,
+            store.eos_id,
+            self.seq_len,
+            self.batch_size,
+            text_key=self.reading.text_key,
+            block_batches=self.stream_block,
+            length=trainer.max_steps * trainer.accumulate_grad_batches,
+            seed=self.seed,
+            **self._ranks(),
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        return EvalLoader(self.tokens.ids("val"), self.seq_len, self.val_batch_size, **self._ranks())
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        if self.mask_documents and "document_ids" not in batch:
+            batch["document_ids"] = document_ids(batch["inputs"], self.tokens.eos_id)
+        return batch
+
+    # ---- what a run keeps of its data
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values that identify the text: paths, sizes, sha256, Python version."""
+        meta = self.tokens.meta
+        keys = ("paths", "val_paths", "train", "val", "vocab_size", "eos_id", "python")
+        return {**{k: meta[k] for k in keys}, "sha256": meta["settings"]["sources"], "folder": str(self.tokens.folder)}
+
+    def save_tokenizer(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.tokens.folder / "tokenizer.json", folder / "tokenizer.json")
+
+
+def _check(
+    paths: list[str], weights: list[float] | None, val_fraction: float, seq_len: int, batch_size: int, block: int
+) -> None:
+    if not paths:
+        raise UserError("data.path is empty: name at least one source.")
+    if weights is not None and len(weights) != len(paths):
+        raise UserError(f"data.weights has {len(weights)} numbers for {len(paths)} paths.")
+    if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
+        raise UserError(f"data.weights = {weights}: none may be negative, and one must be positive.")
+    if not 0.0 < val_fraction < 1.0:
+        raise UserError(f"data.val_fraction = {val_fraction}: must lie between 0 and 1.")
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("stream_block", block)):
+        if value < 1:
+            raise UserError(f"data.{name} = {value}: must be at least 1.")
+

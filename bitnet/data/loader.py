@@ -1,0 +1,138 @@
+"""Batches whose order is a function of a counter, so that the state of a loader is one integer.
+
+Row number ``n`` of a run (counted over all epochs and ranks) is decided by ``(seed, n)`` alone. A loader that is told
+"n rows are done" goes on exactly where another one stopped, in the middle of an epoch, whatever happened in between.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitnet.data.tokens import validation_rows
+
+Ids = np.ndarray[Any, np.dtype[Any]]
+
+
+def row_count(n_ids: int, seq_len: int) -> int:
+    """Full rows of seq_len + 1 ids that advance by seq_len."""
+    return max(0, (n_ids - 1) // seq_len)
+
+
+def make_batch(rows: Tensor) -> dict[str, Tensor]:
+    """Rows (B, seq_len + 1) -> inputs and targets, each (B, seq_len)."""
+    return {"inputs": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:].contiguous()}
+
+
+class TrainLoader:
+    """Shuffled rows of one or more token files, mixed by ``weights``, for one rank of ``world_size``.
+
+    An epoch draws as many rows as the files have together. Without weights each row comes exactly once; with them
+    source i supplies its share of the draws, going round and round through its own shuffled rows.
+    ``len`` is the number of batches in an epoch; rows that do not fill a batch of all ranks are left to chance.
+    """
+
+    def __init__(
+        self,
+        sources: list[Ids],
+        seq_len: int,
+        batch_size: int,
+        *,
+        weights: list[float] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sources, self.seq_len, self.batch_size, self.seed = sources, seq_len, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.counts = [row_count(len(s), seq_len) for s in sources]
+        self.rows_per_epoch = sum(self.counts)
+        self.draws = _shares(self.counts, weights)
+        self.rows_done = 0
+
+    @property
+    def rows_per_batch(self) -> int:
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        return self.rows_per_epoch // self.rows_per_batch
+
+    def plan(self, epoch: int) -> tuple[Ids, Ids]:
+        """``(source, row)`` of every draw of an epoch, in order."""
+        source = np.concatenate([np.full(n, i, dtype=np.int64) for i, n in enumerate(self.draws)])
+        row = np.concatenate([self._rows_of(i, epoch) for i in range(len(self.sources))])
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(source))
+        return source[order], row[order]
+
+    def _rows_of(self, source: int, epoch: int) -> Ids:
+        """The rows that ``source`` supplies in ``epoch``: draws n, n+1, ... of its endless shuffled sequence."""
+        count, draws = self.counts[source], self.draws[source]
+        if draws == 0:
+            return np.empty(0, dtype=np.int64)
+        first = epoch * draws
+        rounds = range(first // count, (first + draws - 1) // count + 1)
+        endless = np.concatenate([np.random.default_rng([self.seed, source, r]).permutation(count) for r in rounds])
+        offset = first - rounds[0] * count
+        return endless[offset : offset + draws]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The rest of the epoch that ``rows_done`` lies in."""
+        per_epoch = len(self) * self.rows_per_batch
+        epoch, position = divmod(self.rows_done, per_epoch)
+        source, row = self.plan(epoch)
+        while position < per_epoch:
+            mine = range(position + self.rank * self.batch_size, position + (self.rank + 1) * self.batch_size)
+            rows = [self._read(int(source[n]), int(row[n])) for n in mine]
+            position += self.rows_per_batch
+            self.rows_done += self.rows_per_batch
+            yield make_batch(torch.from_numpy(np.stack(rows)))
+
+    def _read(self, source: int, row: int) -> Ids:
+        start = row * self.seq_len
+        return self.sources[source][start : start + self.seq_len + 1].astype(np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows_done": self.rows_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows_done = state["rows_done"]
+
+
+def _shares(counts: list[int], weights: list[float] | None) -> list[int]:
+    """Draws of each source in an epoch: all rows, or rows shared out by weight (largest remainders first)."""
+    if weights is None:
+        return list(counts)
+    total = sum(counts)
+    exact = [total * w / sum(weights) for w in weights]
+    draws = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: draws[i] - exact[i])
+    for i in by_remainder[: total - sum(draws)]:
+        draws[i] += 1
+    return draws
+
+
+class EvalLoader:
+    """Every row of a token file in order, the last one padded; ranks take batches in turn."""
+
+    def __init__(self, ids: Ids, seq_len: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.ids, self.seq_len, self.batch_size = ids, seq_len, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        rows = max(0, -(-(len(self.ids) - 1) // self.seq_len))
+        batches = -(-rows // self.batch_size)
+        return len(range(self.rank, batches, self.world_size))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rows: list[Tensor] = []
+        number = 0
+        for row in validation_rows(self.ids, self.seq_len):
+            rows.append(row)
+            if len(rows) == self.batch_size:
+                if number % self.world_size == self.rank:
+                    yield make_batch(torch.stack(rows))
+                rows, number = [], number + 1
+        if rows and number % self.world_size == self.rank:
+            yield make_batch(torch.stack(rows))

@@ -1,0 +1,18 @@
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong".
+
+Every command turns a ``UserError`` into one line on stderr and exit code 2 (a traceback only with ``--debug``).
+Its text therefore names the file or field, the value found there, and what to do about it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: a file, a field or a combination of them that the user can mend."""
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """``" Did you mean 'dim'?"`` for the candidate nearest to ``word``, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, sorted(set(candidates)), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""

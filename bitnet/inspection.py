@@ -1,0 +1,101 @@
+"""What ``bitnet inspect`` prints: the cost of a config before training, the weights of a run after it."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bitnet.checkpoint import find_checkpoint, load_checkpoint, read_checkpoint
+from bitnet.config import ModelConfig
+from bitnet.estimate import (
+    BITS,
+    bits_per_parameter,
+    count_parameters,
+    flops_per_token,
+    packed_bytes,
+    training_memory,
+)
+from bitnet.layers import BitLinear
+from bitnet.training.cli import parse_config
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.2f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def _print_facts(title: str, facts: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(name, value)
+    Console(highlight=False, width=110).print(table)
+
+
+def _export_facts(config: ModelConfig) -> dict[str, str]:
+    return {f"export {name}": "yes" if why is None else f"no: {why}" for name, why in config.export_obstacles().items()}
+
+
+def inspect_config(name: str, overrides: list[str]) -> None:
+    """Print what training and serving this config takes; nothing is trained and no text is read."""
+    parsed = parse_config(["--config", name, *overrides])
+    config, recipe, data = parsed.model, parsed.recipe, parsed.data
+    weight: str = getattr(recipe, "weight", "none")
+    act_bits: Any = getattr(recipe, "act_bits", "none")
+    counts = count_parameters(config)
+    bf16 = str(parsed.trainer.get("precision") or "").startswith("bf16")
+    rows, seq_len = data["batch_size"], data["seq_len"]
+    memory = training_memory(config, weight=weight, act_bits=act_bits, rows=rows, seq_len=seq_len, bf16=bf16)
+    tokens_per_step = rows * seq_len * (parsed.trainer.get("accumulate_grad_batches") or 1)
+    steps = parsed.trainer.get("max_steps") or -1
+    facts = {
+        "parameters": f"{counts.total:,}",
+        "  linears of the blocks": f"{counts.linear:,} ({weight} weights, {act_bits} activation bits)",
+        "  embeddings and head": f"{counts.embeddings:,} ({'tied' if config.tie_embeddings else 'untied'})",
+        "  norms": f"{counts.norms:,}",
+        "bits per parameter": f"{bits_per_parameter(config, weight):.2f} packed ({BITS[weight]:g} per low-bit weight, 16 for the rest)",
+        "file, packed": _size(packed_bytes(config, weight)),
+        "file, float32 latent": _size(4 * counts.total),
+        "file, bf16 twin": _size(2 * counts.total),
+        "checkpoint": f"{_size(12 * counts.total)} (weights and two AdamW moments)",
+        "training memory": f"{_size(memory.total)} for {rows} x {seq_len} tokens",
+        "  weights, gradients, AdamW": _size(memory.weights + memory.gradients + memory.optimizer),
+        "  activations": _size(memory.activations),
+        "FLOPs per token": f"{flops_per_token(config, seq_len) / 1e6:,.1f} M in training, "
+        f"{flops_per_token(config, seq_len, training=False) / 1e6:,.1f} M forward",
+        "tokens per step": f"{tokens_per_step:,} per device",
+    }
+    if steps > 0:
+        total = tokens_per_step * steps
+        facts["run"] = f"{steps:,} steps, {total / 1e6:,.1f} M tokens, {total * flops_per_token(config, seq_len):.2e} FLOPs"
+    _print_facts(str(name), {**facts, **_export_facts(config)})
+
+
+def inspect_run(path: Path) -> None:
+    """Print config and quantized weights of a checkpoint, matrix by matrix."""
+    content = read_checkpoint(path)
+    model, _ = load_checkpoint(path)
+    recipe = dict(content["bitnet"]["recipe"])
+    counts = count_parameters(model.config)
+    weight = recipe.get("weight", "none")
+    facts = {
+        "checkpoint": str(find_checkpoint(path)),
+        "step": f"{content['global_step']:,}",
+        "parameters": f"{counts.total:,} ({counts.linear:,} in the linears of the blocks)",
+        "recipe": ", ".join(f"{key} = {value}" for key, value in recipe.items()),
+        "bits per parameter": f"{bits_per_parameter(model.config, weight):.2f} packed",
+    }
+    _print_facts(str(path), {**facts, **_export_facts(model.config)})
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("layer", "shape", "-1", "0", "+1", "1 / inv_scale"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear) and module.weight_kind != "none":
+            q, inv_scale = module.quantized_weight()
+            shares = [f"{float((q == value).float().mean()):.1%}" for value in (-1, 0, 1)]
+            table.add_row(name, f"{q.shape[0]} x {q.shape[1]}", *shares, f"{1 / float(inv_scale):.5f}")
+    if table.row_count:
+        Console(highlight=False, width=110).print(table)

@@ -1,0 +1,223 @@
+"""The transformer: a Llama-shaped decoder made of ``nn.Linear``, with no word about low bits in it.
+
+Blocks are pre-norm with rotary positions, grouped-query attention and a gated feed-forward network::
+
+    h = x + wo(attn_sub_norm(attention(wq n, wk n, wv n)))         n = attention_norm(x)
+    y = h + w2(ffn_sub_norm(act(w1 m) * w3 m))                     m = ffn_norm(h)
+
+With sub-norms this is the graph of BitNet b1.58 2B4T (arXiv 2504.12285), without them and with silu that of Llama.
+Norms and rotary embeddings are spelled as in those programs, operation by operation, so that equal weights give equal
+bits. Every linear of a block is reached by ``bitnet.layers.swap_linears``.
+
+Shapes: B batch, T tokens of this call, S tokens including the cache, H query heads, G key/value heads,
+K head dimension, D model width, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each float32 (T, K), of the rotary embedding at ``positions`` (T,) (arXiv 2104.09864)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
+    angles = positions.float()[:, None] * (1.0 / theta**exponent)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, H, T, K): the first half of K is paired with the second."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache(nn.Module):
+    """Keys and values of every layer for up to ``max_len`` tokens: two buffers (L, B, G, max_len, K)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        shape = (config.n_layers, batch_size, config.kv_heads, max_len, config.head_dim)
+        self.register_buffer("keys", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("values", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.length = 0
+
+    @property
+    def max_len(self) -> int:
+        return self.keys.shape[3]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, K) behind the ``length`` tokens already there; return all S = length + T of them."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
+        kv_dim = config.kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.attn_sub_norm = RMSNorm(config.dim, config.norm_eps) if config.sub_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        B, T, D = x.shape
+        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        cos, sin = angles[0].to(q.dtype), angles[1].to(q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_kv_heads != self.n_heads
+        )
+        return self.wo(self.attn_sub_norm(y.transpose(1, 2).reshape(B, T, D)))  # type: ignore[no-any-return]
+
+
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"silu": F.silu, "relu2": relu2}
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.ffn_sub_norm = RMSNorm(config.ffn_dim, config.norm_eps) if config.sub_norm else nn.Identity()
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.ffn_sub_norm(self.activation(self.w1(x)) * self.w3(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), angles, mask, cache, layer))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # type: ignore[no-any-return]
+
+    def norm_groups(self) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+        """Each norm with the linears that read its output: where a per-channel factor can be folded."""
+        a, f = self.attention, self.feed_forward
+        yield self.attention_norm, [a.wq, a.wk, a.wv]
+        yield self.ffn_norm, [f.w1, f.w3]
+        if isinstance(a.attn_sub_norm, RMSNorm):
+            yield a.attn_sub_norm, [a.wo]
+        if isinstance(f.ffn_sub_norm, RMSNorm):
+            yield f.ffn_sub_norm, [f.w2]
+
+
+class Transformer(nn.Module):
+    """Token ids (B, T) int64 -> logits (B, T, V).
+
+    With ``cache``, the tokens follow those already in the cache, which grows by T. With ``document_ids`` (B, T), a
+    token sees only tokens of its own document. Raises ``ValueError`` when the sequence is longer than the model allows.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.tok_embeddings.weight
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights; the two matrices that write to the residual stream shrink with depth (GPT-2's rule)."""
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                std = residual_std if name.endswith(("wo.weight", "w2.weight")) else self.config.init_std
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
+        T = tokens.shape[1]
+        start = 0 if cache is None else cache.length
+        limit = self.config.max_seq_len if cache is None else cache.max_len
+        if start + T > limit:
+            raise ValueError(f"{start + T} tokens exceed the limit of {limit}.")
+        positions = torch.arange(start, start + T, device=tokens.device)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        mask = attention_mask(positions, start + T, document_ids)
+        x = self.dropout(self.tok_embeddings(tokens))
+        for layer, block in enumerate(self.layers):
+            x = block(x, angles, mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+
+    def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
+        weight = self.tok_embeddings.weight
+        max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
+        return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
+
+
+def attention_mask(positions: Tensor, S: int, document_ids: Tensor | None) -> Tensor | None:
+    """Boolean mask, True where a query sees a key; ``None`` stands for plain causal attention or a single query."""
+    if document_ids is not None:
+        same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
+        return same & (positions[:, None] >= positions[None, :])
+    T = positions.shape[0]
+    if S == T or T == 1:
+        return None
+    return positions[:, None] >= torch.arange(S, device=positions.device)[None, :]  # (T, S)

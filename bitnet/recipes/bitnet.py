@@ -1,0 +1,70 @@
+"""The recipe of the BitNet papers: ternary or binary weights and 8-bit or 4-bit activations from the first step on.
+
+* weights: ternary absmean (arXiv 2402.17764) or binary sign (2310.11453), one scale per matrix;
+* activations: int8 absmax per token; with ``act_bits: 4`` the inputs of wq wk wv w1 w3 take 4 bits and those of wo
+  and w2 stay at 8 (a4.8, arXiv 2411.04965), which papers switch on late: ``act4_from: 0.95``;
+* ``quantizer_warmup`` blends the quantizers in over the first steps, for continued training of a float model.
+
+Embeddings, the output head and the norms are never quantized. ``weight: none`` with ``act_bits: none`` is the float
+twin: the same transformer, untouched.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from bitnet.errors import UserError
+from bitnet.layers import BitLinear, swap_linears
+from bitnet.layers.bit_linear import ActBits, WeightKind
+from bitnet.recipes.base import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitNet(Recipe):
+    """BitNet pre-training (b1, b1.58, a4.8)."""
+
+    weight: WeightKind = "ternary"
+    """Weights of the linears in the blocks: ternary, binary, or none (float)."""
+    act_bits: ActBits = 8
+    """Bits of their inputs: 8, 4 (wo and w2 stay at 8), or none (float)."""
+    act4_from: float | None = None
+    """Switch from 8-bit to 4-bit activations after this fraction of the run; null for never."""
+    quantizer_warmup: int = 0
+    """Steps over which the quantizers are blended in, linearly; 0 for exact from the start."""
+    keep_8bit: tuple[str, ...] = ("wo", "w2", "o_proj", "down_proj")
+    """Names of the linears whose inputs never go below 8 bits."""
+
+    def __post_init__(self) -> None:
+        if self.act4_from is not None and not 0.0 <= self.act4_from <= 1.0:
+            raise UserError(f"act4_from = {self.act4_from}: a fraction between 0 and 1 is needed.")
+        if self.act4_from is not None and self.act_bits != 8:
+            raise UserError(f"act4_from needs act_bits = 8 to start from; it is {self.act_bits}.")
+        if self.quantizer_warmup < 0:
+            raise UserError(f"quantizer_warmup = {self.quantizer_warmup}: must be 0 or more.")
+
+    def bits_of(self, name: str, act_bits: ActBits) -> ActBits:
+        """Activation bits of the linear at path ``name``."""
+        return 8 if act_bits == 4 and name.rpartition(".")[2] in self.keep_8bit else act_bits
+
+    def prepare(self, model: nn.Module, batches: Iterable[Tensor] = ()) -> list[str]:
+        if self.weight == "none" and self.act_bits == "none":
+            return []
+
+        def bit_linear(name: str, linear: nn.Linear) -> nn.Module:
+            return BitLinear.from_linear(linear, self.weight, self.bits_of(name, self.act_bits))
+
+        return swap_linears(model, bit_linear)
+
+    def served(self, step: int, total_steps: int) -> "BitNet":
+        late = self.act4_from is not None and step >= self.act4_from * total_steps
+        return replace(self, act_bits=4 if late else self.act_bits, act4_from=None, quantizer_warmup=0)
+
+    def on_step(self, model: nn.Module, step: int, total_steps: int) -> None:
+        if self.quantizer_warmup == 0 and self.act4_from is None:
+            return
+        act_bits = self.served(step, total_steps).act_bits
+        warmup = min(step / self.quantizer_warmup, 1.0) if self.quantizer_warmup else 1.0
+        for name, module in model.named_modules():
+            if isinstance(module, BitLinear):
+                module.act_bits, module.warmup = self.bits_of(name, act_bits), warmup

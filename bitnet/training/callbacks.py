@@ -1,0 +1,231 @@
+"""What happens around the training steps: random state, figures for TensorBoard, sample text, checkpoints.
+
+Tags: ``train/loss``, ``train/bpb``, ``val/loss``, ``val/bpb``, ``quant/zero_fraction``, ``quant/flip_rate``,
+``perf/tokens_per_s``, ``perf/flops_per_s``, ``perf/peak_share`` (where the peak is known), ``optim/lr``,
+``optim/weight_decay``, ``optim/grad_norm``, histograms ``weights/<layer>`` and ``samples/text``. The step axis counts
+optimizer steps.
+"""
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from bitnet.estimate import flops_per_token
+from bitnet.generate import Sampling, generate_tokens
+from bitnet.layers import BitLinear
+from bitnet.training.lit import LitBitNet
+from bitnet.training.progress import RunProgress
+from bitnet.training.report import RunReport, text_image
+
+
+def tensorboard(trainer: L.Trainer) -> Any | None:
+    """The SummaryWriter of the run, or None when there is no TensorBoard logger (or this is not rank 0)."""
+    logger = trainer.logger
+    return logger.experiment if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero else None
+
+
+def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    if trainer.logger is not None:
+        trainer.logger.log_metrics(metrics, step=trainer.global_step)
+
+
+class RandomState(Callback):
+    """Saves and restores every random generator, so that a resumed run draws the same dropout masks.
+
+    Restored before the first batch, since setting up a run draws numbers too.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        version, values, gauss = random.getstate()
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": [version, list(values), gauss],
+            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._state is None:
+            return
+        state, self._state = self._state, None
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        version, values, gauss = state["python"]
+        random.setstate((version, tuple(values), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def is_log_step(trainer: L.Trainer, step: int) -> bool:
+    return step % trainer.log_every_n_steps == 0 or step in (1, trainer.max_steps)
+
+
+class TrainingMetrics(Callback):
+    """Loss, schedule, gradient norm and speed, every ``trainer.log_every_n_steps``."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._tokens = 0
+        self._started = 0.0
+        self._grad_norm = math.nan
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
+        if writer := tensorboard(trainer):
+            charts = {
+                "loss": ["Multiline", ["train/loss", "val/loss"]],
+                "bits per byte": ["Multiline", ["train/bpb", "val/bpb"]],
+                "zero fraction": ["Multiline", ["quant/zero_fraction"]],
+                "flip rate": ["Multiline", ["quant/flip_rate"]],
+                "tokens per second": ["Multiline", ["perf/tokens_per_s"]],
+            }
+            writer.add_custom_scalars({"run": charts})
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.monotonic()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: LitBitNet, optimizer: Any) -> None:  # type: ignore[override]
+        if is_log_step(trainer, trainer.global_step + 1):
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        self._seconds += time.monotonic() - self._started
+        self._tokens += batch["inputs"].numel() * trainer.world_size
+        if not is_log_step(trainer, trainer.global_step) or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        tokens_per_s = self._tokens / max(self._seconds, 1e-9)
+        flops = tokens_per_s * flops_per_token(pl_module.config, pl_module.data.seq_len)
+        group = pl_module.optimizers(use_pl_optimizer=False).param_groups[0]  # type: ignore[union-attr]
+        metrics = {
+            "train/loss": loss,
+            "train/bpb": loss / math.log(2) / pl_module.data.tokens.bytes_per_token(),
+            "optim/lr": group["lr"],
+            "optim/weight_decay": group["weight_decay"],
+            "optim/grad_norm": self._grad_norm,
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/flops_per_s": flops,
+        }
+        peak = get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
+        if peak:
+            metrics["perf/peak_share"] = flops / (peak * trainer.world_size)
+        log_metrics(trainer, metrics)
+        self._seconds, self._tokens = 0.0, 0
+
+
+class QuantMetrics(Callback):
+    """Zero fraction and flip rate of the trits, and a histogram of them per layer at each validation.
+
+    The flip rate is the share of quantized weights that one optimizer step has changed.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, Tensor] = {}
+
+    @staticmethod
+    def quantized(pl_module: LitBitNet) -> dict[str, Tensor]:
+        """int8 weights by layer name."""
+        modules = pl_module.transformer.named_modules()
+        layers = ((n, m) for n, m in modules if isinstance(m, BitLinear) and m.weight_kind != "none")
+        return {name: layer.quantized_weight()[0] for name, layer in layers}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: LitBitNet, optimizer: Any) -> None:  # type: ignore[override]
+        if is_log_step(trainer, trainer.global_step + 1):
+            self._before = self.quantized(pl_module)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._before:
+            return
+        after = self.quantized(pl_module)
+        weights = sum(q.numel() for q in after.values())
+        zeros = sum(int((q == 0).sum()) for q in after.values())
+        flips = sum(int((q != self._before[name]).sum()) for name, q in after.items())
+        log_metrics(trainer, {"quant/zero_fraction": zeros / weights, "quant/flip_rate": flips / weights})
+        self._before = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
+        if writer := tensorboard(trainer):
+            for name, q in self.quantized(pl_module).items():
+                writer.add_histogram(f"weights/{name}", q, trainer.global_step, bins=[-1.5, -0.5, 0.5, 1.5])
+
+
+class SampleText(Callback):
+    """Continues a line of the validation text at each validation, in the terminal and in TensorBoard."""
+
+    PROMPT_TOKENS = 8
+
+    def __init__(self, max_new_tokens: int = 60) -> None:
+        self.max_new_tokens = max_new_tokens
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
+        if not trainer.is_global_zero or trainer.sanity_checking or trainer.world_size > 1:
+            return
+        tokenizer = pl_module.data.tokenizer
+        prompt = [int(i) for i in pl_module.data.tokens.ids("val")[: self.PROMPT_TOKENS]]
+        room = pl_module.config.max_seq_len - len(prompt)
+        model = pl_module.transformer
+        ids = list(
+            generate_tokens(model, prompt, min(self.max_new_tokens, room), Sampling(), pl_module.data.tokens.eos_id)
+        )
+        text, start = tokenizer.decode(prompt + ids), tokenizer.decode(prompt)
+        progress = trainer.progress_bar_callback
+        if isinstance(progress, RunProgress):
+            shown = " ".join(text.split())
+            progress.print(f"  {shown[:400]}", style="italic dim", markup=False)
+        if writer := tensorboard(trainer):
+            step = trainer.global_step
+            writer.add_text("samples/text", f"**{start}**{text.removeprefix(start)}", step)
+            writer.add_image("samples/text", text_image(text, f"step {step}"), step, dataformats="HWC")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``checkpoints/last.ckpt`` every ``every_n_train_steps`` and at the end of the run."""
+
+    def __init__(self, every_n_train_steps: int = 100) -> None:
+        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            trainer.save_checkpoint(Path(self.dirpath or ".") / "last.ckpt")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``checkpoints/best.ckpt``: the one with the lowest validation loss."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="best", monitor="val/loss", enable_version_counter=False)
+
+
+def default_callbacks() -> list[Callback]:
+    """Present in every run; a config adds others, or replaces ``LastCheckpoint`` to save at another pace."""
+    return [
+        RandomState(),
+        RunProgress(),
+        TrainingMetrics(),
+        QuantMetrics(),
+        SampleText(),
+        RunReport(),
+        BestCheckpoint(),
+    ]

@@ -1,0 +1,336 @@
+"""The ``fit`` command: a LightningCLI that knows run folders, shipped configs and one-line errors.
+
+``main()`` is train.py and ``bitnet fit``. Config files given by name (``--config tiny``) are found among the shipped
+ones. Each new run gets a folder of its own; ``--ckpt_path last`` continues the newest run of that name.
+"""
+
+import os
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+import jsonargparse
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from bitnet.checkpoint import read_checkpoint
+from bitnet.config import ModelConfig
+from bitnet.data.datamodule import TokenDataModule
+from bitnet.errors import UserError, did_you_mean
+from bitnet.recipes import RECIPES, BitNet, Recipe
+from bitnet.training.atomic import AtomicCheckpointIO, remove_partial_files
+from bitnet.training.callbacks import default_callbacks
+from bitnet.training.lit import LitBitNet
+
+DEFAULT_CONFIG = "tiny"
+
+
+# ---- shipped configs
+
+
+def config_folders() -> list[Path]:
+    """Where shipped configs lie: in the installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file, as in ``tiny`` and ``overlays/bf16``."""
+    found: dict[str, Path] = {}
+    for folder in config_folders():
+        for file in sorted(folder.rglob("*.yaml")):
+            found.setdefault(str(file.relative_to(folder).with_suffix("")), file)
+    return found
+
+
+def find_config(name: str) -> Path:
+    """The file ``name``, or the shipped config of that name (with or without configs/ and .yaml)."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    if short in shipped:
+        return shipped[short]
+    known = ", ".join(sorted(shipped))
+    raise UserError(f"--config {name}: no such file, and no shipped config.{did_you_mean(short, shipped)} Shipped: {known}.")
+
+
+def _resolve_configs(args: list[str]) -> list[str]:
+    """Replace the names behind --config by paths."""
+    out = list(args)
+    for i, arg in enumerate(out):
+        if arg in ("--config", "-c") and i + 1 < len(out):
+            out[i + 1] = str(find_config(out[i + 1]))
+        elif arg.startswith("--config="):
+            out[i] = f"--config={find_config(arg.removeprefix('--config='))}"
+    return out
+
+
+# ---- errors
+
+
+class OneLineParser(LightningArgumentParser):
+    """Refuses bad input with one line that names the key, the value and the nearest valid key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(_explain(message, self._known_keys()))
+
+    def _known_keys(self) -> set[str]:
+        keys = set()
+        for action in self._actions:
+            keys.update(option.lstrip("-") for option in action.option_strings)
+            for subparser in getattr(action, "_name_parser_map", {}).values():
+                keys |= subparser._known_keys()
+        return keys | {f"model.recipe.{key}" for key in BitNet.__dataclass_fields__}
+
+
+UNKNOWN_KEY = (
+    r"does not accept (?:option|nested key) '([\w.]+)'",
+    r"Key '([\w.]+)' is not expected",
+    r"Option '([\w.]+)' is not accepted",
+    r"[Uu]nrecognized arguments?: -*([\w.]+)",
+    r"No action for key \"([\w.]+)\"",
+)
+
+
+def _explain(message: str, known: set[str]) -> str:
+    """jsonargparse's message in one line: the key, the value, what is valid, and the nearest key to an unknown one."""
+    text = " ".join(message.split())
+    text = re.sub(r"^Parser key \"?(subcommand|fit)\"?: ", "", text)
+    parents = re.findall(r"Parser key \"([\w.]+)\":", text)
+    for pattern in UNKNOWN_KEY:
+        if match := re.search(pattern, text):
+            key = match[1].removeprefix("fit.")
+            if key not in known and parents and not key.startswith(parents[0]):
+                key = f"{parents[0]}.{key}"
+            return f"unknown key '{key}'.{did_you_mean(key, known)}"
+    if match := re.search(r"Expected an? (?:typing\.)?(Literal\[.*?\]|<class '(?:[\w.]+)'>).*?Got value: (.*?)(?= - |$)", text):
+        wanted = match[1].removeprefix("Literal[").rstrip("]")
+        wanted = f"one of {wanted}" if match[1].startswith("Literal") else re.sub(r"<class '([\w.]+)'>", r"\1", wanted)
+        return f"{'.'.join(parents) or 'a value'} = {match[2]}: expected {wanted}."
+    return text if len(text) < 600 else text[:600] + " ..."
+
+
+def report_error(error: BaseException) -> int:
+    """Print a ``UserError`` as one line; return the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+# ---- run folders
+
+
+def run_family(root: Path) -> list[Path]:
+    """``root``, ``root-2``, ``root-3``, ... as far as they exist, oldest first."""
+    numbered = []
+    for folder in root.parent.glob(f"{root.name}-*"):
+        if (number := folder.name.removeprefix(f"{root.name}-")).isdecimal():
+            numbered.append((int(number), folder))
+    return [root, *(folder for _, folder in sorted(numbered))] if root.exists() else [f for _, f in sorted(numbered)]
+
+
+def new_run_folder(root: Path, overwrite: bool) -> Path:
+    """``root`` if it is free, else the first free ``root-<n>``; with ``overwrite``, ``root`` emptied of its old run.
+
+    Only a folder that looks like a run (it has a config.yaml) is ever emptied.
+    """
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return root
+    if overwrite:
+        if not (root / "config.yaml").is_file():
+            raise UserError(f"--overwrite: {root} is not the folder of a run (it has no config.yaml); remove it yourself.")
+        shutil.rmtree(root)
+        return root
+    number = 2
+    while (folder := root.with_name(f"{root.name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
+    """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named."""
+    if ckpt_path != "last":
+        file = Path(ckpt_path)
+        if file.is_dir():
+            file = file / "checkpoints" / "last.ckpt"
+        if not file.is_file():
+            raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
+        folder = file.parent.parent if file.parent.name == "checkpoints" else root
+        return folder, file
+    for folder in reversed(run_family(root)):
+        if (file := folder / "checkpoints" / "last.ckpt").is_file():
+            return folder, file
+    raise UserError(f"--ckpt_path last: no run at {root} has saved a checkpoint yet.")
+
+
+# ---- the command
+
+
+class FitCLI(LightningCLI):
+    """``fit`` with run folders: new ones are numbered, resumed ones are found."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--overwrite", action="store_true", help="Replace an earlier run in the same folder.")
+        parser.link_arguments("data.vocab_size", "model.config.vocab_size")
+        parser.link_arguments("data.seq_len", "model.config.max_seq_len")
+        parser.set_defaults(
+            {
+                "trainer.enable_model_summary": False,
+                "trainer.default_root_dir": "runs/run",
+                "trainer.check_val_every_n_epoch": None,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.logger": True,
+                "model.recipe": {"class_path": "bitnet.recipes.BitNet"},
+            }
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no hyper-parameters that could override the config: nothing to parse."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config.fit
+        root = Path(config.trainer.default_root_dir)
+        self.ckpt_path: Path | None = None
+        if config.ckpt_path:
+            self.run_folder, self.ckpt_path = find_run(root, config.ckpt_path)
+            read_checkpoint(self.ckpt_path)
+            config.ckpt_path = str(self.ckpt_path)
+        else:
+            self.run_folder = root
+        self._saved_config = self.parser.dump(self.config, skip_none=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self.config.fit
+        # Text is read, and bad text refused, before a run folder exists.
+        default_progress(self.datamodule)
+        self.datamodule.prepare_tokens()
+        if self.ckpt_path is None:
+            self.run_folder = new_run_folder(self.run_folder, config.overwrite)
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(self.run_folder / "checkpoints")
+        kwargs["default_root_dir"] = str(self.run_folder)
+        if config.trainer.logger is True:
+            kwargs["logger"] = TensorBoardLogger(self.run_folder, name="", version="")
+        own = config.trainer.plugins or []
+        kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        self._write_config()
+        self.datamodule.save_tokenizer(self.run_folder)
+
+    def _write_config(self) -> None:
+        saved = yaml.safe_load(self._saved_config)
+        saved = saved.get("fit", saved)
+        saved.pop("config", None)
+        saved["ckpt_path"] = None
+        saved["overwrite"] = False
+        saved["trainer"]["default_root_dir"] = str(self.run_folder)
+        (self.run_folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+
+
+def default_progress(datamodule: TokenDataModule) -> None:
+    from bitnet.training.progress import PreparationProgress
+
+    datamodule.progress = PreparationProgress()
+
+
+def quiet() -> None:
+    """Leave out the notices of libraries that a user of this command can do nothing about."""
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*`_get_pool.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def make_cli(args: list[str], run: bool = True, kind: type[FitCLI] = FitCLI) -> FitCLI:
+    """Parse ``args`` (with the subcommand first when ``run``) and, when ``run``, train."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    quiet()
+    saved_argv = sys.argv
+    sys.argv = sys.argv[:1]  # LightningCLI warns when it sees both
+    try:
+        return kind(
+            LitBitNet,
+            TokenDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=OneLineParser,
+            trainer_defaults={"callbacks": default_callbacks()},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+            run=run,
+        )
+    finally:
+        sys.argv = saved_argv
+
+
+class _ParseOnly(FitCLI):
+    """Reads configs as ``fit`` does, and stops there."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _set_seed(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedConfig:
+    """A config that has been read and checked, with model config and recipe built."""
+
+    model: ModelConfig
+    recipe: Recipe
+    data: dict[str, Any]
+    trainer: dict[str, Any]
+
+
+def parse_config(args: list[str]) -> ParsedConfig:
+    """Read ``--config NAME`` and options as ``fit`` would. Raises ``UserError`` as ``fit`` would."""
+    config = make_cli(_resolve_configs(args), run=False, kind=_ParseOnly).config
+    recipe = config.model.recipe
+    kind = RECIPES[recipe.class_path.rpartition(".")[2]] if recipe else BitNet
+    return ParsedConfig(
+        model=ModelConfig(**config.model.config.as_dict()),
+        recipe=kind(**recipe.init_args.as_dict()) if recipe else BitNet(),
+        data=config.data.as_dict(),
+        trainer=config.trainer.as_dict(),
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run ``fit``; return the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not args:
+        args = ["fit", "--config", DEFAULT_CONFIG]
+    try:
+        make_cli(_resolve_configs(args))
+    except UserError as error:
+        if debug:
+            raise
+        return report_error(error)
+    return 0
+
+

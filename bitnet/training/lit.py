@@ -1,0 +1,189 @@
+"""``LitBitNet``: a transformer, a recipe, an optimizer and a schedule as one Lightning module."""
+
+import dataclasses
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from bitnet import checkpoint
+from bitnet.config import ModelConfig, OptimConfig, ScheduleConfig
+from bitnet.data.datamodule import TokenDataModule
+from bitnet.errors import UserError
+from bitnet.loss import Score, score_batch
+from bitnet.layers import BitLinear
+from bitnet.model import Transformer
+from bitnet.recipes import Recipe
+from bitnet.training.optim import apply_schedule, build_optimizer
+
+
+DEFAULT_OPTIM = OptimConfig()
+DEFAULT_SCHEDULE = ScheduleConfig()
+
+
+class LitBitNet(L.LightningModule):
+    """Pre-trains a low-bit transformer.
+
+    Args:
+        config: Sizes and switches of the transformer.
+        recipe: How it takes on low-bit weights.
+        optim: AdamW's settings.
+        schedule: Learning rate and weight decay over the run.
+        init_from: Run folder or checkpoint whose weights to start from; null for random weights.
+        compile: Compile each block with torch.compile.
+        matmul_precision: Precision of float32 matmuls (torch.set_float32_matmul_precision).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        optim: OptimConfig = DEFAULT_OPTIM,
+        schedule: ScheduleConfig = DEFAULT_SCHEDULE,
+        init_from: str | None = None,
+        compile: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.recipe, self.optim, self.schedule = recipe, optim, schedule
+        self.init_from, self.compile_blocks, self.matmul_precision = init_from, compile, matmul_precision
+        self.model: Transformer | None = None
+        self.swapped: list[str] = []
+        self._validation = Score()
+
+    # ---- building
+
+    @property
+    def data(self) -> TokenDataModule:
+        datamodule: TokenDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return datamodule
+
+    @property
+    def transformer(self) -> Transformer:
+        assert self.model is not None, "configure_model() has not been called"
+        return self.model
+
+    @property
+    def total_steps(self) -> int:
+        return max(1, int(self.trainer.estimated_stepping_batches))
+
+    def setup(self, stage: str) -> None:
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        vocab_size = self.data.tokens.vocab_size
+        if vocab_size != self.config.vocab_size:
+            self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
+        if self.config.max_seq_len < self.data.seq_len:
+            raise UserError(
+                f"data.seq_len = {self.data.seq_len} is longer than model.config.max_seq_len = {self.config.max_seq_len}."
+            )
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        model = Transformer(self.config)
+        if self.init_from:
+            self._load_initial(model, self.init_from)
+        self.swapped = self.recipe.prepare(model)
+        self._apply_stage(model)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self._shard(model)
+        if self.compile_blocks:
+            for block in model.layers:
+                block.compile()
+        self.model = model
+
+    def _load_initial(self, model: Transformer, path: str) -> None:
+        """Weights of another run; float and low-bit runs have the same keys."""
+        content = checkpoint.read_checkpoint(path)
+        old, _ = checkpoint.build(content["bitnet"])
+        differing = [
+            f"{f.name} = {getattr(old, f.name)} there, {getattr(self.config, f.name)} here"
+            for f in dataclasses.fields(ModelConfig)
+            if f.name not in ("dropout", "init_std", "max_seq_len") and getattr(old, f.name) != getattr(self.config, f.name)
+        ]
+        if differing:
+            raise UserError(f"model.init_from = {path}: another model ({'; '.join(differing)}).")
+        if content["bitnet"]["tokenizer"] != self.data.tokenizer.to_str():
+            raise UserError(f"model.init_from = {path}: its tokenizer differs; set data.tokenizer to the one of that run.")
+        model.load_state_dict(checkpoint.model_state(content))
+
+    def _shard(self, model: Transformer) -> None:
+        """FSDP2: each block gathers its weights when it needs them."""
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+        fully_shard(model, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.transformer, self.optim)
+
+    # ---- training
+
+    def _apply_stage(self, model: Transformer) -> None:
+        self.recipe.on_step(model, self.global_step, self.total_steps)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        apply_schedule(optimizer, self.optim, self.schedule, self.global_step, self.total_steps)
+        self._apply_stage(self.transformer)
+        accumulating = self.trainer.accumulate_grad_batches > 1
+        self._hold_quantized(accumulating and not isinstance(self.trainer.strategy, ModelParallelStrategy))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self._hold_quantized(False)
+
+    def _hold_quantized(self, hold: bool) -> None:
+        """Within a window of gradient accumulation no weight changes, so each is quantized once."""
+        for module in self.transformer.modules():
+            if isinstance(module, BitLinear):
+                module.hold(hold)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.recipe.loss(self.transformer, batch)
+
+    # ---- validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = Score()
+        self._byte_lengths = self.data.tokens.byte_lengths().to(self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._validation += score_batch(self.transformer, batch, self._byte_lengths)
+
+    def on_validation_epoch_end(self) -> None:
+        score = self._validation
+        if self.trainer.world_size > 1:
+            totals = torch.tensor([score.nats, score.tokens, score.text_bytes], dtype=torch.float64, device=self.device)
+            nats, tokens, text_bytes = self.all_gather(totals).reshape(-1, 3).sum(dim=0).tolist()
+            score = Score(nats, int(tokens), text_bytes)
+        self.log("val/loss", score.loss, rank_zero_only=False)
+        self.log("val/bpb", score.bits_per_byte, rank_zero_only=False)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
+        served = self.recipe.served(self.global_step, self.total_steps)
+        content["bitnet"] = checkpoint.describe(self.config, served, self.data.tokenizer.to_str())
+        content["bitnet"]["data"] = self.data.summary()
+
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
+        description = content.get("bitnet")
+        if description is None:
+            raise UserError("ckpt_path: not a checkpoint of this library (it has no 'bitnet' entry).")
+        if description["tokenizer"] != self.data.tokenizer.to_str():
+            raise UserError(
+                "ckpt_path: the checkpoint was trained with another tokenizer; resume with the same data, "
+                "or set data.tokenizer to the run's tokenizer.json."
+            )
+        old = checkpoint.ModelConfig(**description["config"])
+        for field in dataclasses.fields(ModelConfig):
+            before, now = getattr(old, field.name), getattr(self.config, field.name)
+            if before != now and field.name not in ("dropout", "init_std", "max_seq_len"):
+                raise UserError(f"model.config.{field.name} = {now}, but the checkpoint was trained with {before}.")

@@ -1,0 +1,183 @@
+"""What a run says at its beginning and leaves at its end: header, summary, loss curve and trit distribution."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from bitnet.estimate import count_parameters
+from bitnet.layers import BitLinear
+
+Curve = list[tuple[int, float]]
+
+
+def text_image(text: str, title: str) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Text as a picture (H, W, 3), since TensorBoard's first page shows pictures but no text."""
+    import textwrap
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [part for line in text.splitlines() for part in (textwrap.wrap(line, 62) or [""])][:16]
+    figure = Figure(figsize=(6.4, 3.6), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    body = "\n".join(lines).replace("$", r"\$")
+    figure.text(0.02, 0.97, f"{title}\n{body}", family="monospace", fontsize=9, va="top")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def read_curves(folder: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
+    """Scalars of a run from its TensorBoard events; after a resume, the later value of a step counts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    known = events.Tags()["scalars"]
+    return {tag: sorted({e.step: e.value for e in events.Scalars(tag)}.items()) for tag in tags if tag in known}
+
+
+def plot_loss(curves: dict[str, Curve], file: Path) -> None:
+    """Bits per byte of training and validation over steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for tag, style in (("train/bpb", {"alpha": 0.5, "linewidth": 1.0}), ("val/bpb", {"marker": "o", "markersize": 4})):
+        if curve := curves.get(tag):
+            steps, values = zip(*curve, strict=True)
+            label = f"{tag.split('/')[0]} ({values[-1]:.3f})"
+            axes.plot(steps, values, label=label, **style)
+    axes.set(xlabel="optimizer step", ylabel="bits per byte", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file)
+
+
+def plot_quantized(model: torch.nn.Module, file: Path) -> None:
+    """Share of -1, 0 and +1 in every low-bit matrix, one stacked bar each."""
+    from matplotlib.figure import Figure
+
+    names, shares = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear) and module.weight_kind != "none":
+            q = module.quantized_weight()[0]
+            names.append(name.removeprefix("layers.").replace("attention.", "").replace("feed_forward.", ""))
+            shares.append([float((q == value).float().mean()) for value in (-1, 0, 1)])
+    if not names:
+        return
+    figure = Figure(figsize=(max(6.0, 0.22 * len(names) + 1.5), 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    bottom = np.zeros(len(names))
+    for value, share, color in zip(("-1", "0", "+1"), np.array(shares).T, ("#3b6fb6", "#d0d0d0", "#c8553d"), strict=True):
+        axes.bar(range(len(names)), share, bottom=bottom, label=value, color=color, width=0.9)
+        bottom += share
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set(ylabel="share of weights", title="Quantized weights by layer", ylim=(0, 1), xlim=(-0.6, len(names) - 0.4))
+    figure.legend(loc="outside right upper")
+    figure.savefig(file)
+
+
+def command_prefix() -> str:
+    """How to call this installation: ``bitnet`` when that is on the PATH, else its full path."""
+    script = Path(sys.executable).with_name("bitnet")
+    if shutil.which("bitnet") and Path(shutil.which("bitnet") or "").resolve() == script.resolve():
+        return "bitnet"
+    if not script.exists():
+        return f"{Path(sys.executable).name} -m bitnet"
+    here = Path.cwd()
+    return str(script.relative_to(here)) if script.is_relative_to(here) else str(script)
+
+
+class RunReport(Callback):
+    """Header, summary.json, loss.png and weights.png of a run folder."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._started = time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        config, counts = pl_module.config, count_parameters(pl_module.config)
+        recipe = pl_module.recipe
+        kind = getattr(recipe, "weight", type(recipe).__name__)
+        data = pl_module.data.summary()
+        train_bytes = sum(t["text_bytes"] for t in data["train"])
+        train_tokens = sum(t["tokens"] for t in data["train"])
+        lines = [
+            f"model   {counts.total / 1e6:.2f} M parameters, {counts.linear / 1e6:.2f} M of them {kind}: "
+            f"{config.n_layers} layers, dim {config.dim}, ffn {config.ffn_dim}, {config.vocab_size} tokens",
+            f"data    {', '.join(data['paths'])}: {train_bytes / 1e6:.2f} MB, {train_tokens:,} tokens; "
+            f"{data['val']['text_bytes'] / 1e6:.2f} MB held out; sha256 {data['sha256'][0][:12]}, Python {data['python']}",
+            f"run     {trainer.default_root_dir}",
+        ]
+        obstacles = config.export_obstacles()
+        fits = [name for name, why in obstacles.items() if why is None]
+        lines.append(f"export  these sizes suit {'; '.join(fits) if fits else 'no format'}")
+        lines += [f"        not {name}: {why}" for name, why in obstacles.items() if why]
+        for line in lines:
+            _print(trainer, line)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._first_step = trainer.global_step
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        seconds = time.monotonic() - self._started
+        if trainer.logger is not None:
+            trainer.logger.save()
+        curves = read_curves(folder, ("train/loss", "train/bpb", "val/loss", "val/bpb", "perf/tokens_per_s",
+                                      "quant/zero_fraction", "quant/flip_rate"))
+        plot_loss(curves, folder / "loss.png")
+        if trainer.world_size == 1:
+            plot_quantized(pl_module.transformer, folder / "weights.png")
+        summary = {
+            "steps": trainer.global_step,
+            "seconds": round(seconds, 1),
+            "parameters": count_parameters(pl_module.config).total,
+            "figures": {tag: round(curve[-1][1], 6) for tag, curve in curves.items() if curve},
+            "best_val_bpb": round(min((v for _, v in curves.get("val/bpb", [])), default=float("nan")), 6),
+            "data": pl_module.data.summary(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        for line in _closing_lines(folder, summary, trainer.global_step - self._first_step):
+            _print(trainer, line)
+
+
+def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[str]:
+    figures = summary["figures"]
+    bitnet = command_prefix()
+    lines = ["", f"Done: {steps} steps in {summary['seconds']:.0f} s; everything is in {folder}/ (see loss.png, weights.png)"]
+    if "val/bpb" in figures:
+        lines.append(f"  validation   {figures['val/loss']:.4f} nats per token, {figures['val/bpb']:.4f} bits per byte")
+    if "quant/zero_fraction" in figures:
+        zero, flips = figures["quant/zero_fraction"], figures["quant/flip_rate"]
+        lines.append(f"  weights      {zero:.1%} zeros, {flips:.3%} flipped by the last step")
+    if "perf/tokens_per_s" in figures:
+        lines.append(f"  speed        {figures['perf/tokens_per_s']:,.0f} tokens/s")
+    lines += [
+        "Next:",
+        f"  {bitnet} generate {folder} --prompt \"The\" --max_new_tokens 100",
+        f"  {Path(bitnet).with_name('tensorboard') if '/' in bitnet else 'tensorboard'} --logdir {folder.parent}",
+        f"  {bitnet} fit --config tiny --data.path my_texts/ --trainer.max_steps 500",
+    ]
+    return lines
+
+
+def _print(trainer: L.Trainer, line: str) -> None:
+    progress = trainer.progress_bar_callback
+    if progress is not None:
+        progress.print(line, markup=False)

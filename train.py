@@ -1,0 +1,17 @@
+"""Pre-train a 1-bit or 1.58-bit transformer.
+
+    python train.py                                              the first run: offline, on the CPU, a few minutes
+    python train.py fit --config configs/tiny.yaml --data.path my_texts/
+    python train.py fit --config configs/ternary_125m.yaml --config configs/overlays/fsdp.yaml
+    python train.py fit --config configs/tiny.yaml --ckpt_path last
+    python train.py fit --help
+
+Every key of the YAML files is an option. See README.md.
+"""
+
+import sys
+
+from bitnet.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
