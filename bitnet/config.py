@@ -101,8 +101,6 @@ class ModelConfig:
         if self.activation == "relu2":
             graph = "llama.cpp computes silu here; relu2 needs ik_llama.cpp or bitnet.cpp"
         tied = None if self.tie_embeddings or not self.sub_norm else "llama.cpp's bitnet graph needs tied embeddings"
-        if not self.sub_norm and self.activation == "relu2":
-            hf = "no transformers class has relu2 without sub-norms"
         return {
             "hf": hf,
             "gguf tq2_0, tq1_0": graph or tied or multiple_of(256),

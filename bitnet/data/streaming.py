@@ -88,7 +88,7 @@ class StreamLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.dataset, self.tokenizer, self.eos_id = dataset, tokenizer, eos_id
+        self.stream, self.tokenizer, self.eos_id = dataset, tokenizer, eos_id
         self.seq_len, self.batch_size, self.text_key = seq_len, batch_size, text_key
         self.block_batches, self.length, self.seed = block_batches, length, seed
         self.rank, self.world_size = rank, world_size
@@ -101,8 +101,9 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self._position is not None:
-            self.dataset.load_state_dict(self._position)
-        documents = iter(self.dataset)
+            self.stream.set_epoch(self._passes)  # a position is taken up only in the epoch that it belongs to
+            self.stream.load_state_dict(self._position)
+        documents = iter(self.stream)
         while True:
             rows, documents, after = self._next_block(documents)
             order = np.random.default_rng([self.seed, self._block]).permutation(len(rows))
@@ -125,8 +126,8 @@ class StreamLoader:
                 if fruitless:
                     raise UserError("data.path: the stream has no text in it.")
                 fruitless, passes = True, passes + 1
-                self.dataset.set_epoch(passes)
-                documents = iter(self.dataset)
+                self.stream.set_epoch(passes)
+                documents = iter(self.stream)
                 continue
             text = record[self.text_key]
             if text and text.strip():
@@ -136,7 +137,7 @@ class StreamLoader:
         tokens = np.asarray(ids[:wanted], dtype=np.int64)
         starts = np.arange(0, wanted - 1, self.seq_len)
         rows = np.stack([tokens[s : s + self.seq_len + 1] for s in starts])
-        return rows, documents, (self.dataset.state_dict(), ids[wanted - 1 :], passes)
+        return rows, documents, (self.stream.state_dict(), ids[wanted - 1 :], passes)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only: the position is JSON text, since a checkpoint holds no objects."""

@@ -255,7 +255,7 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*`_get_pool.*"):
+    for message in (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*", ".*isinstance.treespec, LeafSpec.*", ".*`_get_pool.*"):
         warnings.filterwarnings("ignore", message=message)
 
 

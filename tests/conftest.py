@@ -1,0 +1,93 @@
+"""Shared fixtures. No test needs a network, a GPU or the folder shared/ beside the checkout."""
+
+import os
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # transformers compiles its quantizers; eager is the reference
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet.config import ModelConfig
+from bitnet.training.cli import main as fit
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+SENTENCES = (
+    "The small dog ran over the green hill and sat down beside the river.",
+    "A girl named Ann found a red ball in the garden, and she was glad.",
+    "\u201cWhere is my hat?\u201d asked the old man; nobody knew, not even the cat.",
+    "In winter the days are short, the nights are long, and the fire is warm.",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One thread is faster on small matrices; prepared tokens go to a folder of this test run."""
+    torch.set_num_threads(1)
+    os.environ["BITNET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def story_text(documents: int, seed: int = 0) -> str:
+    """Documents of shuffled sentences between separators."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = []
+    for _ in range(documents):
+        order = torch.randint(len(SENTENCES), (6,), generator=generator).tolist()
+        texts.append("\n".join(SENTENCES[i] for i in order))
+    return "\n<|endoftext|>\n".join(texts)
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 60 short documents."""
+    file = tmp_path_factory.mktemp("text") / "stories.txt"
+    file.write_text(story_text(60), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    return ModelConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
+
+
+def tiny_options(text: Path, folder: Path) -> list[str]:
+    """Options of a run that takes a second."""
+    return [
+        *("fit", "--config", "overlays/smoke", f"--data.path={text}"),
+        *(f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def run_fit() -> Callable[..., None]:
+    """Train in this process by the command line; fails the test when the exit code is not 0."""
+
+    def run(text: Path, folder: Path, *options: str) -> None:
+        assert fit([*tiny_options(text, folder), *options]) == 0
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    stories: Path, tmp_path_factory: pytest.TempPathFactory, run_fit: Callable[..., None]
+) -> Path:
+    """Folder of a ternary run of 30 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_fit(stories, folder, "--trainer.max_steps=30", "--model.optim.lr=1e-2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real texts beside the checkout; tests that want them are skipped where they are absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real texts at {SHARED}")
+    return SHARED

@@ -1,0 +1,138 @@
+"""Nothing lost: a run that is stopped or killed at any moment ends with the bits of one that was not."""
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitnet.checkpoint import read_checkpoint, weights_digest
+from bitnet.training.cli import main as fit
+
+from ..conftest import story_text, tiny_options
+
+KILLS = 20
+
+
+def run_digest(folder: Path) -> dict[str, str]:
+    """Digests of weights, optimizer moments and random state at the end of a run."""
+    content = read_checkpoint(folder)
+    optimizer = content["optimizer_states"][0]["state"]
+    moments = {f"{i}.{k}": torch.as_tensor(v) for i, state in optimizer.items() for k, v in state.items()}
+    rng = content["callbacks"]["RandomState"]["torch"]
+    return {
+        "weights": weights_digest(content["state_dict"]),
+        "optimizer": weights_digest(moments),
+        "rng": hashlib.sha256(rng.numpy().tobytes()).hexdigest(),
+        "step": str(content["global_step"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(3):
+        (folder / f"part{i}.txt").write_text(story_text(20, seed=i), encoding="utf-8")
+    return folder
+
+
+STREAM = ("--data.streaming=true", "--data.stream_block=3", "--data.stream_val_bytes=2000")
+WINDOW = ("--trainer.accumulate_grad_batches=3",)
+
+
+@pytest.mark.parametrize("options", [(), STREAM, WINDOW, (*STREAM, *WINDOW)], ids=["rows", "stream", "window", "both"])
+def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, run_fit, options) -> None:
+    steps = 30  # 60 batches of 4 rows an epoch, fewer with accumulation: stops fall inside and between epochs
+    run_fit(text, tmp_path / "whole", f"--trainer.max_steps={steps}", *options)
+    folder = tmp_path / "parts"
+    run_fit(text, folder, f"--trainer.max_steps={steps}", *options, "--trainer.limit_train_batches=1.0")
+    content = read_checkpoint(folder)
+    assert content["global_step"] == steps
+    for stop in (1, 7, 20):
+        parts = tmp_path / f"parts{stop}"
+        _stop_after(stop, text, parts, steps, options)
+        assert read_checkpoint(parts)["global_step"] == stop
+        run_fit(text, parts, f"--trainer.max_steps={steps}", *options, "--ckpt_path=last")
+        assert run_digest(parts) == run_digest(tmp_path / "whole"), stop
+
+
+class Stop(Exception):
+    """Ends a run from within, after a number of optimizer steps."""
+
+
+def _stop_after(stop: int, text: Path, folder: Path, steps: int, options: tuple[str, ...]) -> None:
+    from bitnet.training.callbacks import LastCheckpoint
+
+    original = LastCheckpoint.on_train_batch_end
+
+    def stopping(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, trainer, *args, **kwargs)
+        if trainer.global_step == stop and trainer.fit_loop._should_accumulate() is False:
+            raise Stop
+
+    LastCheckpoint.on_train_batch_end = stopping  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Stop):
+            fit([*tiny_options(text, folder), f"--trainer.max_steps={steps}", *options])
+    finally:
+        LastCheckpoint.on_train_batch_end = original  # type: ignore[method-assign]
+
+
+def train_in_child(arguments: list[str], cache: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["BITNET_CACHE"] = cache
+    log = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os._exit(fit(arguments))
+
+
+def kill_when_due(process: Any, checkpoints: Path, chance: random.Random, inside_save: bool) -> bool:
+    """SIGKILL at a random moment after at least one new save; True when a half-written file was there."""
+    last = checkpoints / "last.ckpt"
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+        time.sleep(0.0005)
+    due = time.monotonic() + chance.random() * 0.25
+    while process.is_alive() and time.monotonic() < due:
+        time.sleep(0.0005)
+    while inside_save and process.is_alive() and not any(checkpoints.glob(".*.partial")):
+        pass
+    process.kill()
+    process.join()
+    return any(checkpoints.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("options", [(), (*STREAM, *WINDOW)], ids=["rows", "stream-window"])
+def test_twenty_kills_end_with_the_same_bits(text, tmp_path, run_fit, options) -> None:
+    """SIGKILL at random moments, half of them inside a save; 20 of 20 resume, and the end is bit-identical."""
+    chance = random.Random(0)
+    steps = "--trainer.max_steps=400"
+    quick = (steps, "--trainer.val_check_interval=100000", *options)
+    run_fit(text, tmp_path / "whole", *quick)
+    folder = tmp_path / "killed"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bitnet.training.cli", "bitnet.training.lit", __name__])
+    arguments = [*tiny_options(text, folder), *quick]
+    halves = kills = 0
+    for number in itertools.count():
+        resume = ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else ["--overwrite"]
+        process = context.Process(target=train_in_child, args=([*arguments, *resume], os.environ["BITNET_CACHE"]))
+        process.start()
+        if kills == KILLS:
+            process.join()
+            assert process.exitcode == 0
+            break
+        halves += kill_when_due(process, folder / "checkpoints", chance, inside_save=number % 2 == 0)
+        assert process.exitcode == -9, f"life {number} ended by itself with {process.exitcode}"
+        kills += 1
+    assert halves >= KILLS // 4, "too few kills fell inside a save to prove anything"
+    assert run_digest(folder) == run_digest(tmp_path / "whole")
+    assert not any((folder / "checkpoints").glob(".*.partial"))
+    assert [p.name for p in tmp_path.iterdir()] .count("killed-2") == 0
