@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from bitnet.config import ModelConfig
 
-BITS = {"ternary": 1.6, "binary": 1.0, "none": 32.0}
-"""Bits of a weight in the tightest shipped form: five trits in a byte, eight signs in a byte."""
+BITS = {"ternary": 1.6, "binary": 1.0, "none": 16.0}
+"""Bits of a weight in the tightest shipped form: five trits in a byte, eight signs in a byte, bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)

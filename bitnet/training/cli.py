@@ -17,10 +17,11 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 import jsonargparse
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from bitnet.checkpoint import read_checkpoint
+from bitnet.checkpoint import find_checkpoint, read_checkpoint
 from bitnet.config import ModelConfig
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError, did_you_mean
@@ -28,6 +29,7 @@ from bitnet.recipes import RECIPES, BitNet, Recipe
 from bitnet.training.atomic import AtomicCheckpointIO, remove_partial_files
 from bitnet.training.callbacks import default_callbacks
 from bitnet.training.lit import LitBitNet
+from bitnet.training.progress import PreparationProgress
 
 DEFAULT_CONFIG = "tiny"
 
@@ -139,17 +141,20 @@ def run_family(root: Path) -> list[Path]:
     return [root, *(folder for _, folder in sorted(numbered))] if root.exists() else [f for _, f in sorted(numbered)]
 
 
-def new_run_folder(root: Path, overwrite: bool) -> Path:
-    """``root`` if it is free, else the first free ``root-<n>``; with ``overwrite``, ``root`` emptied of its old run.
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
-    Only a folder that looks like a run (it has a config.yaml) is ever emptied.
+
+def new_run_folder(root: Path, overwrite: bool) -> Path:
+    """``root`` if it is free or may be overwritten, else the first free ``root-<n>``.
+
+    Only a folder that looks like a run (it has a config.yaml) may be overwritten.
     """
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+    if _is_free(root):
         return root
     if overwrite:
         if not (root / "config.yaml").is_file():
             raise UserError(f"--overwrite: {root} is not the folder of a run (it has no config.yaml); remove it yourself.")
-        shutil.rmtree(root)
         return root
     number = 2
     while (folder := root.with_name(f"{root.name}-{number}")).exists():
@@ -215,21 +220,28 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config.fit
-        # Text is read, and bad text refused, before a run folder exists.
-        default_progress(self.datamodule)
+        # Everything that can be wrong is looked at before a run folder exists.
+        if self.model.init_from:
+            find_checkpoint(self.model.init_from)
+        self.datamodule.progress = PreparationProgress()
         self.datamodule.prepare_tokens()
         if self.ckpt_path is None:
             self.run_folder = new_run_folder(self.run_folder, config.overwrite)
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(self.run_folder / "checkpoints")
         kwargs["default_root_dir"] = str(self.run_folder)
         if config.trainer.logger is True:
             kwargs["logger"] = TensorBoardLogger(self.run_folder, name="", version="")
         own = config.trainer.plugins or []
         kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def before_fit(self) -> None:
+        if self.ckpt_path is None and not _is_free(self.run_folder):
+            shutil.rmtree(self.run_folder)  # --overwrite, and nothing is wrong with the new run
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(self.run_folder / "checkpoints")
         self._write_config()
         self.datamodule.save_tokenizer(self.run_folder)
 
@@ -241,12 +253,6 @@ class FitCLI(LightningCLI):
         saved["overwrite"] = False
         saved["trainer"]["default_root_dir"] = str(self.run_folder)
         (self.run_folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
-
-
-def default_progress(datamodule: TokenDataModule) -> None:
-    from bitnet.training.progress import PreparationProgress
-
-    datamodule.progress = PreparationProgress()
 
 
 def quiet() -> None:

@@ -163,8 +163,10 @@ class LitBitNet(L.LightningModule):
             totals = torch.tensor([score.nats, score.tokens, score.text_bytes], dtype=torch.float64, device=self.device)
             nats, tokens, text_bytes = self.all_gather(totals).reshape(-1, 3).sum(dim=0).tolist()
             score = Score(nats, int(tokens), text_bytes)
-        self.log("val/loss", score.loss, rank_zero_only=False)
-        self.log("val/bpb", score.bits_per_byte, rank_zero_only=False)
+        metrics = {"val/loss": score.loss, "val/bpb": score.bits_per_byte}
+        self.log_dict(metrics, logger=False)  # for checkpoints and the progress line
+        if self.trainer.logger is not None and not self.trainer.sanity_checking:
+            self.trainer.logger.log_metrics(metrics, step=self.global_step)
 
     # ---- checkpoints
 

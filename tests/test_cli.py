@@ -1,0 +1,244 @@
+"""The command line: run folders, shipped configs, and one clear line with exit code 2 for each kind of bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bitnet.__main__ import main as bitnet
+from bitnet.training.cli import find_run, new_run_folder
+from bitnet.training.cli import main as fit
+
+from .conftest import tiny_options
+
+
+def error_of(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    """The single line on stderr of a command that has ended with 2."""
+    assert code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+TYPOS = {
+    "--model.config.dimm=4": "model.config.dim'",
+    "--model.config.nlayers=4": "model.config.n_layers'",
+    "--model.optim.learning_rate=1": "model.optim.lr",
+    "--model.optim.weigth_decay=1": "model.optim.weight_decay'",
+    "--model.schedule.warmup=1": "model.schedule.warmup_steps'",
+    "--model.recipe.wieght=ternary": "weight'",
+    "--model.recipe.actbits=8": "act_bits'",
+    "--model.init_form=x": "model.init_from'",
+    "--data.pth=x": "data.path'",
+    "--data.batchsize=3": "data.batch_size'",
+    "--data.seqlen=3": "data.seq_len'",
+    "--data.val_frac=3": "data.val_fraction'",
+    "--trainer.max_step=3": "trainer.max_steps'",
+    "--trainer.device=3": "trainer.devices'",
+    "--trainer.precison=3": "trainer.precision'",
+    "--seed_everythin=3": "seed_everything'",
+    "--overwrit": "overwrite'",
+    "--ckpt_pth=last": "ckpt_path'",
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_unknown_option_names_the_nearest_key(capsys, tmp_path, typo) -> None:
+    line = error_of(capsys, fit([*tiny_options(tmp_path / "no.txt", tmp_path / "run"), typo]))
+    assert "unknown key" in line and TYPOS[typo] in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content,named",
+    [
+        ({"model": {"config": {"dmi": 4}}}, "'model.config.dmi'. Did you mean 'model.config.dim'?"),
+        ({"model": {"confg": {"dim": 4}}}, "model.config"),
+        ({"modell": {"config": {"dim": 4}}}, "'modell.config.dim'. Did you mean 'model.config.dim'?"),
+        ({"trainer": {"max_stesp": 4}}, "trainer.max_steps"),
+        ({"data": {"vocabsize": 4}}, "data.vocab_size"),
+        ({"model": {"recipe": {"class_path": "bitnet.recipes.BitNet", "init_args": {"wight": "binary"}}}}, "'weight'"),
+    ],
+)
+def test_unknown_key_in_yaml(capsys, tmp_path, content, named) -> None:
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
+    line = error_of(capsys, fit([*tiny_options(tmp_path / "no.txt", tmp_path / "run"), "--config", str(tmp_path / "bad.yaml")]))
+    assert "unknown key" in line and named in line
+
+
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ("--model.config.dim=wide", "model.config.dim = wide: expected int"),
+        ("--model.config.dim=30", "dim = 30 is not a multiple of n_heads = 4"),
+        ("--model.recipe.weight=quaternary", "weight = quaternary: expected one of 'ternary', 'binary', 'none'"),
+        ("--model.recipe.act_bits=5", "act_bits = 5: expected one of 8, 4, 'none'"),
+        ("--model.schedule.kind=linaer", "model.schedule.kind = linaer: expected one of 'two_stage'"),
+        ("--data.val_split=first", "data.val_split = first: expected one of 'random', 'last'"),
+        ("--data.vocab_size=100", "data.vocab_size = 100: byte-level BPE needs at least 257"),
+        ("--data.batch_size=0", "data.batch_size = 0"),
+        ("--data.val_fraction=1.5", "data.val_fraction = 1.5"),
+        ("--data.weights=[1,2]", "data.weights has 2 numbers for 1 paths"),
+        ("--data.tokenizer=nowhere.json", "nowhere.json: no such tokenizer file"),
+        ("--model.init_from=nowhere", "nowhere: no such run folder"),
+        ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        ("--ckpt_path=last", "has saved a checkpoint yet"),
+        ("--trainer.accelerator=cuda", "CUDAAccelerator"),
+        ("--trainer.precision=fp99", "trainer.precision"),
+        ("--config=tinny", "no such file, and no shipped config. Did you mean 'tiny'?"),
+    ],
+)
+def test_bad_values_are_refused_before_any_work(capsys, tmp_path, stories, option, message) -> None:
+    code = fit([*tiny_options(stories, tmp_path / "run"), option])
+    assert message in error_of(capsys, code)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data(capsys, tmp_path) -> None:
+    line = error_of(capsys, fit(tiny_options(tmp_path / "no.txt", tmp_path / "run")))
+    assert f"{tmp_path / 'no.txt'}: no such file or folder" in line
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (["generat"], "invalid choice: 'generat'"),
+        (["generate", "nowhere", "--prompt", "a"], "nowhere: no such run folder"),
+        (["generate", "x", "--prompt", "a", "--topk", "3"], "--topk. Did you mean '--top_k'?"),
+        (["generate", "x", "--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
+        (["generate", "x", "--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens 0"),
+        (["evaluate", "x"], "--data.path"),
+        (["inspect", "nowhere"], "no shipped config"),
+        (["inspect", "tiny", "--model.config.dimm", "3"], "Did you mean 'model.config.dim'?"),
+        (["fit", "--confg", "tiny"], "Did you mean 'config'?"),
+    ],
+)
+def test_other_commands(capsys, args, message) -> None:
+    assert message in error_of(capsys, bitnet(args))
+
+
+def test_debug_shows_the_traceback(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        fit([*tiny_options(tmp_path / "no.txt", tmp_path / "run"), "--debug"])
+
+
+# ---- run folders
+
+
+def test_a_new_run_never_overwrites_an_old_one(tmp_path, stories, run_fit) -> None:
+    root = tmp_path / "run"
+    for expected in ("run", "run-2", "run-3"):
+        run_fit(stories, root, "--trainer.max_steps=2")
+        assert (tmp_path / expected / "checkpoints" / "last.ckpt").is_file()
+    first = (root / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    run_fit(stories, root, "--trainer.max_steps=3", "--ckpt_path=last")
+    assert (root / "checkpoints" / "last.ckpt").stat().st_mtime_ns == first
+    saved = yaml.safe_load((tmp_path / "run-3" / "config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 3 and saved["trainer"]["default_root_dir"].endswith("run-3")
+    run_fit(stories, root, "--trainer.max_steps=2", "--overwrite")
+    assert (root / "checkpoints" / "last.ckpt").stat().st_mtime_ns != first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2", "run-3"]
+
+
+def test_overwrite_spares_folders_that_are_no_runs(tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        new_run_folder(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_last_is_the_newest_of_the_family_and_files_name_their_run(tmp_path) -> None:
+    for name in ("run", "run-2", "run-10", "run-x"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "run-11").mkdir()
+    assert find_run(tmp_path / "run", "last")[0].name == "run-10"
+    assert find_run(tmp_path / "run", str(tmp_path / "run-2"))[0].name == "run-2"
+    assert find_run(tmp_path / "run", str(tmp_path / "run/checkpoints/last.ckpt"))[0].name == "run"
+
+
+def test_run_folder_is_complete_and_its_config_can_be_used_again(finished_run, stories, tmp_path) -> None:
+    names = {p.name for p in finished_run.iterdir()}
+    assert {"config.yaml", "tokenizer.json", "checkpoints", "loss.png", "weights.png", "summary.json"} <= names
+    assert {p.name for p in (finished_run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert fit(["fit", "--config", str(finished_run / "config.yaml"), f"--trainer.default_root_dir={tmp_path / 'again'}"]) == 0
+    from bitnet.checkpoint import read_checkpoint, weights_digest
+
+    digests = {weights_digest(read_checkpoint(f)["state_dict"]) for f in (finished_run, tmp_path / "again")}
+    assert len(digests) == 1
+
+
+def test_tensorboard_tags(finished_run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished_run))
+    events.Reload()
+    tags = events.Tags()
+    assert {
+        *("train/loss", "val/loss", "val/bpb", "quant/zero_fraction", "quant/flip_rate", "perf/tokens_per_s"),
+        *("perf/flops_per_s", "optim/lr", "optim/weight_decay", "optim/grad_norm"),
+    } <= set(tags["scalars"])
+    assert sum(t.startswith("weights/") for t in tags["histograms"]) == 14
+    assert "samples/text" in tags["images"] and "samples/text/text_summary" in tags["tensors"]
+    assert [e.step for e in events.Scalars("val/loss")] == [6, 12, 18, 24, 30]
+    assert all(0 < e.value < 0.2 for e in events.Scalars("quant/flip_rate")[2:])
+    assert all(0.2 < e.value < 0.4 for e in events.Scalars("quant/zero_fraction"))
+    losses = [e.value for e in events.Scalars("train/loss")]
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_generate_and_evaluate_a_run(finished_run, stories, capsys) -> None:
+    assert bitnet(["generate", str(finished_run), "--prompt", "The small", "--max_new_tokens", "8", "--seed", "3"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("The small") and len(first) > 10
+    assert bitnet(["generate", str(finished_run), "--prompt", "The small", "--max_new_tokens", "8", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == first
+    assert bitnet(["evaluate", str(finished_run), "--data.path", str(stories), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["documents"] == 60 and 1.0 < result["bits_per_byte"] < 5.0
+    assert result["text_bytes"] == sum(len(d.strip("\n").encode()) for d in Path(stories).read_text().split("<|endoftext|>"))
+
+
+def test_evaluate_agrees_with_the_validation_of_the_run(stories, tmp_path, run_fit, capsys) -> None:
+    """The same held-out text, once by the trainer and once by the command."""
+    held = tmp_path / "held.txt"
+    held.write_text(Path(stories).read_text()[:3000])
+    folder = tmp_path / "run"
+    run_fit(stories, folder, "--trainer.max_steps=6", f"--data.val_path={held}", "--trainer.limit_val_batches=1.0")
+    figures = json.loads((folder / "summary.json").read_text())["figures"]
+    capsys.readouterr()
+    assert bitnet(["evaluate", str(folder), "--data.path", str(held), "--json", "--batch_size", "4"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["loss"] == pytest.approx(figures["val/loss"], rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(figures["val/bpb"], rel=1e-5)
+
+
+def test_inspect_config_and_run(finished_run, capsys) -> None:
+    assert bitnet(["inspect", "tiny"]) == 0
+    out = capsys.readouterr().out
+    assert "3,151,104" in out and "export hf" in out
+    assert bitnet(["inspect", str(finished_run)]) == 0
+    out = capsys.readouterr().out
+    assert "layers.0.attention.wq" in out and "1 / inv_scale" in out
+
+
+def test_prepare_makes_a_folder_that_fit_takes(stories, tmp_path, run_fit, capsys) -> None:
+    tokens = tmp_path / "tokens"
+    assert bitnet(["prepare", "--data.path", str(stories), "--data.vocab_size", "300", "--out", str(tokens)]) == 0
+    assert bitnet(["prepare", "--data.path", str(stories), "--out", str(tokens)]) == 2
+    run_fit(tokens, tmp_path / "run", "--trainer.max_steps=2")
+
+
+def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(finished_run, stories, tmp_path, capsys) -> None:
+    options = [*tiny_options(stories, tmp_path / "run"), f"--model.init_from={finished_run}", "--model.recipe.weight=binary"]
+    assert fit([*options, "--trainer.max_steps=1"]) == 0
+    capsys.readouterr()
+    line = error_of(capsys, fit([*options, "--model.config.n_layers=1"]))
+    assert "n_layers = 2 there, 1 here" in line
+
+
+def test_resume_refuses_another_tokenizer_or_shape(finished_run, stories, tmp_path, capsys) -> None:
+    options = [*tiny_options(stories, finished_run), "--ckpt_path", str(finished_run / "checkpoints" / "last.ckpt")]
+    assert "tokenizer" in error_of(capsys, fit([*options, "--data.vocab_size=280"]))
+    assert "model.config.dim = 64" in error_of(capsys, fit([*options, "--model.config.dim=64"]))

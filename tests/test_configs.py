@@ -1,0 +1,80 @@
+"""Every shipped config can be parsed and built, and costs what ``estimate`` says."""
+
+import pytest
+import torch
+
+from bitnet.estimate import count_parameters, packed_bytes
+from bitnet.layers import BitLinear
+from bitnet.model import Transformer
+from bitnet.training.cli import parse_config, shipped_configs
+
+PRESETS = sorted(name for name in shipped_configs() if not name.startswith("overlays/"))
+OVERLAYS = sorted(name for name in shipped_configs() if name.startswith("overlays/"))
+
+
+def test_the_named_configs_are_there() -> None:
+    assert {"tiny", "ternary_30m", "ternary_125m", "ternary_350m", "ternary_1b", "binary_125m", "float_125m"} <= set(PRESETS)
+    assert {"overlays/bf16", "overlays/compile", "overlays/ddp", "overlays/fsdp", "overlays/smoke"} <= set(OVERLAYS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_builds_and_its_parameters_are_as_estimated(name) -> None:
+    parsed = parse_config(["--config", name])
+    with torch.device("meta"):
+        model = Transformer(parsed.model)
+    counts = count_parameters(parsed.model)
+    assert sum(p.numel() for p in model.parameters()) == counts.total
+    swapped = parsed.recipe.prepare(model)
+    linears = [m for m in model.modules() if isinstance(m, BitLinear)]
+    if name == "float_125m":
+        assert not swapped
+        return
+    assert len(swapped) == 7 * parsed.model.n_layers == len(linears)
+    assert sum(m.weight.numel() for m in linears) == counts.linear
+    assert {m.weight_kind for m in linears} == {name.partition("_")[0] if name != "tiny" else "ternary"}
+
+
+@pytest.mark.parametrize(
+    "name,low,high", [("ternary_30m", 28e6, 33e6), ("ternary_125m", 100e6, 130e6), ("ternary_350m", 330e6, 400e6), ("ternary_1b", 1.0e9, 1.4e9)]
+)
+def test_presets_have_the_size_that_they_are_named_after(name, low, high) -> None:
+    counts = count_parameters(parse_config(["--config", name]).model)
+    assert low <= (counts.linear if name == "ternary_30m" else counts.total) <= high
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlays_merge_over_a_preset(overlay) -> None:
+    alone = parse_config(["--config", "ternary_125m"])
+    merged = parse_config(["--config", "ternary_125m", "--config", overlay])
+    if overlay != "overlays/smoke":
+        assert merged.model == alone.model and merged.data == alone.data
+    assert merged.recipe == alone.recipe
+
+
+def test_tiny_suits_every_export() -> None:
+    assert all(why is None for why in parse_config(["--config", "tiny"]).model.export_obstacles().values())
+
+
+def test_packed_size_by_hand() -> None:
+    config = parse_config(["--config", "tiny", "--data.vocab_size", "2048"]).model
+    # 4 layers of 4 x 256 x 256 + 3 x 256 x 512 trits at 1.6 bits, 2048 x 256 embeddings and the norms at 16 bits
+    trits, rest = 4 * (4 * 256 * 256 + 3 * 256 * 512), 2048 * 256 + 4 * (3 * 256 + 512) + 256
+    assert packed_bytes(config, "ternary") == round((trits * 1.6 + rest * 16 + 28 * 32) / 8)
+
+
+def test_published_learning_rates() -> None:
+    """BitNet b1 125M: 2.4e-3; BitNet v2 400M: 1.8e-3 -> 1.2e-3; 1.3B: 1.2e-3 -> 8e-4; QuEST 30M: 1.2e-3; FloatLM: 4e-4."""
+    from bitnet.training.cli import find_config
+
+    import yaml
+
+    rates = {n: float(yaml.safe_load(find_config(n).read_text())["model"]["optim"]["lr"]) for n in PRESETS}
+    del rates["tiny"]
+    assert rates == {
+        "binary_125m": 2.4e-3,
+        "float_125m": 4e-4,
+        "ternary_125m": 2.4e-3,
+        "ternary_1b": 1.2e-3,
+        "ternary_30m": 1.2e-3,
+        "ternary_350m": 1.8e-3,
+    }
