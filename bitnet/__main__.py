@@ -86,7 +86,10 @@ def evaluate(args: argparse.Namespace) -> None:
             )
         )
         return
-    print(f"text           {args.data_path}: {result.documents} documents, {result.text_bytes:,} bytes, {score.tokens:,} tokens")
+    print(
+        f"text           {args.data_path}: {result.documents} documents, {result.text_bytes:,} bytes, "
+        f"{score.tokens:,} tokens"
+    )
     print(f"loss           {score.loss:.4f} nats per token")
     print(f"perplexity     {score.perplexity:.3f} per token")
     print(f"bits per byte  {score.bits_per_byte:.4f}")
@@ -130,7 +133,10 @@ def prepare(args: argparse.Namespace) -> None:
     store = data.prepare_tokens()
     shutil.copytree(store.folder, out)
     tokens = sum(store.totals(f"train-{i}").tokens for i in range(store.sources))
-    print(f"{out}: {tokens:,} training tokens, {store.totals('val').tokens:,} to validate on, vocabulary {store.vocab_size}")
+    print(
+        f"{out}: {tokens:,} training tokens, {store.totals('val').tokens:,} to validate on, "
+        f"vocabulary {store.vocab_size}"
+    )
 
 
 def fit(args: list[str]) -> int:
@@ -141,7 +147,9 @@ def fit(args: list[str]) -> int:
 
 
 def _text_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data.text_key", dest="text_key", default="text", help="key of the text in .jsonl and .parquet")
+    parser.add_argument(
+        "--data.text_key", dest="text_key", default="text", help="key of the text in .jsonl and .parquet"
+    )
     parser.add_argument("--data.separator", dest="separator", default="<|endoftext|>", help="text between documents")
 
 
@@ -149,7 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineArgumentParser(
         prog="bitnet", description="Pre-train 1-bit and 1.58-bit transformers, and serve exactly what was trained."
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineArgumentParser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=OneLineArgumentParser
+    )
 
     def command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)

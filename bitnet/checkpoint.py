@@ -87,9 +87,7 @@ def model_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[Transformer, Tokenizer]:
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
     """``(model, tokenizer)`` of a run folder or .ckpt file, in eval mode.
 
     The forward pass of the model, (B, T) ids -> (B, T, vocab) logits, is the quantized one that was trained.

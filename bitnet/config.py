@@ -64,9 +64,7 @@ class ModelConfig:
         if self.dim % self.n_heads:
             raise UserError(f"dim = {self.dim} is not a multiple of n_heads = {self.n_heads}; heads must be equal.")
         if self.head_dim % 2:
-            raise UserError(
-                f"dim / n_heads = {self.head_dim} is odd; rotary embeddings need an even head dimension."
-            )
+            raise UserError(f"dim / n_heads = {self.head_dim} is odd; rotary embeddings need an even head dimension.")
         if self.n_heads % self.kv_heads:
             raise UserError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.kv_heads}.")
         if not 0.0 <= self.dropout < 1.0:
@@ -134,7 +132,7 @@ class ScheduleConfig:
     """How learning rate and weight decay move during a run; formulas in ``bitnet.training.schedules``."""
 
     kind: Literal["two_stage", "linear", "cosine", "wsd", "constant"] = "two_stage"
-    """Shape of the learning rate: two_stage is BitNet's (linear, lower peak from the middle on); wsd is flat, then linear."""
+    """Shape of the learning rate; two_stage is BitNet's (linear, lower peak after the middle), wsd flat then linear."""
     warmup_steps: int = 375
     """Steps of linear warm-up."""
     min_ratio: float = 0.0

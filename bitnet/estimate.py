@@ -75,33 +75,35 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.quantized + self.activations
 
 
-def training_memory(config: ModelConfig, *, weight: str, act_bits: int | str, rows: int, seq_len: int, bf16: bool) -> TrainingMemory:
-    """Peak bytes of one micro-batch of ``rows`` x ``seq_len`` tokens with AdamW and float32 latent weights.
+def training_memory(
+    config: ModelConfig, *, weight: str, act_bits: int | str, rows: int, seq_len: int, bf16: bool
+) -> TrainingMemory:
+    """Peak bytes of live tensors in one micro-batch of ``rows`` x ``seq_len`` tokens, AdamW, float32 latent weights.
 
-    Weights, gradients and the two AdamW moments take 4 bytes each; the cached trits one. The activations are what
-    autograd keeps, operation by operation (see the comments), plus the logits with their softmax and gradient, which
-    are alive together at the turn from forward to backward.
+    Weights, gradients and the two AdamW moments take 4 bytes each, the trits that autograd keeps one. Activations are
+    what autograd saves, operation by operation, and the logits with their log-softmax and two gradients, which are
+    alive together where forward turns into backward. A CPU heap fragments: its resident set can be half as much again.
     """
     counts = count_parameters(config)
-    tokens = rows * seq_len
     compute = 2 if bf16 else 4
     quantized = weight != "none" and act_bits != "none"
-    kv_dim = config.kv_heads * config.head_dim
-    linear_input = (1 if quantized else compute) * (3 * config.dim + 2 * config.dim + config.dim + config.ffn_dim)
-    if not quantized:  # the inputs of wq wk wv, and of w1 w3, are one tensor each
-        linear_input = compute * (config.dim + config.dim + config.dim + config.ffn_dim)
-    # RMSNorm keeps its input, the normalised input and the reciprocal; sub-norms as well.
-    norms = 4 * 2 * (2 * config.dim + (config.dim + config.ffn_dim if config.sub_norm else 0))
-    # q and k before and after the rotation meet cos and sin only; SDPA keeps q, k, v and its output.
-    attention = compute * (2 * config.dim + 2 * kv_dim)
-    # silu keeps its input; the product keeps both factors.
-    gate = compute * 3 * config.ffn_dim
-    per_token = config.n_layers * (linear_input + norms + attention + gate)
+    dim, ffn, kv_dim = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
+    if quantized:  # int8 inputs of wq wk wv, wo, w1 w3 and w2, each kept by its layer
+        linear_inputs = 6 * dim + ffn
+    else:  # the inputs of wq wk wv, and of w1 w3, are one tensor each
+        linear_inputs = compute * (3 * dim + ffn)
+    normed = 2 * dim + (dim + ffn if config.sub_norm else 0)
+    norms = 2 * 4 * normed  # the input and the normalised input, both float32
+    attention = compute * (
+        dim + 2 * kv_dim + (0 if config.sub_norm else dim)
+    )  # q, k, v; the output unless a norm has it
+    gate = compute * 3 * ffn  # silu's input, and both factors of the product
+    per_token = config.n_layers * (linear_inputs + norms + attention + gate)
     logits = config.vocab_size * (3 * 4 + (compute if bf16 else 0))
     return TrainingMemory(
         weights=4 * counts.total,
         gradients=4 * counts.total,
         optimizer=8 * counts.total,
         quantized=counts.linear if quantized else 0,
-        activations=tokens * (per_token + logits + 2 * 4 * config.dim),
+        activations=rows * seq_len * (per_token + logits + 2 * 4 * dim),
     )

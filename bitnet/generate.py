@@ -53,7 +53,7 @@ def decode_one_token(model: Transformer, token: Tensor, cache: KVCache) -> Tenso
 def generate_tokens(
     model: Transformer, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop_id: int | None = None
 ) -> Iterator[int]:
-    """Yield up to ``max_new_tokens`` ids that continue ``prompt``, ending before ``stop_id`` or when the context is full.
+    """Yield up to ``max_new_tokens`` ids that continue ``prompt``; end before ``stop_id`` or when the context is full.
 
     Raises ``UserError`` for an empty prompt or one that fills the context.
     """

@@ -56,7 +56,8 @@ def inspect_config(name: str, overrides: list[str]) -> None:
         "  linears of the blocks": f"{counts.linear:,} ({weight} weights, {act_bits} activation bits)",
         "  embeddings and head": f"{counts.embeddings:,} ({'tied' if config.tie_embeddings else 'untied'})",
         "  norms": f"{counts.norms:,}",
-        "bits per parameter": f"{bits_per_parameter(config, weight):.2f} packed ({BITS[weight]:g} per low-bit weight, 16 for the rest)",
+        "bits per parameter": f"{bits_per_parameter(config, weight):.2f} packed "
+        f"({BITS[weight]:g} per weight of a linear, 16 for the rest)",
         "file, packed": _size(packed_bytes(config, weight)),
         "file, float32 latent": _size(4 * counts.total),
         "file, bf16 twin": _size(2 * counts.total),
@@ -70,7 +71,9 @@ def inspect_config(name: str, overrides: list[str]) -> None:
     }
     if steps > 0:
         total = tokens_per_step * steps
-        facts["run"] = f"{steps:,} steps, {total / 1e6:,.1f} M tokens, {total * flops_per_token(config, seq_len):.2e} FLOPs"
+        facts["run"] = (
+            f"{steps:,} steps, {total / 1e6:,.1f} M tokens, {total * flops_per_token(config, seq_len):.2e} FLOPs"
+        )
     _print_facts(str(name), {**facts, **_export_facts(config)})
 
 

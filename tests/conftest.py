@@ -76,9 +76,7 @@ def run_fit() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    stories: Path, tmp_path_factory: pytest.TempPathFactory, run_fit: Callable[..., None]
-) -> Path:
+def finished_run(stories: Path, tmp_path_factory: pytest.TempPathFactory, run_fit: Callable[..., None]) -> Path:
     """Folder of a ternary run of 30 steps."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     run_fit(stories, folder, "--trainer.max_steps=30", "--model.optim.lr=1e-2")

@@ -1,16 +1,16 @@
-"""BitLinear: the training forward is integer arithmetic, bit for bit; the backward is the straight-through estimator."""
+"""BitLinear: the forward is integer arithmetic, bit for bit; the backward is the straight-through estimator."""
 
 import copy
 
 import pytest
 import torch
-from bitnet_kernels import matmul_reference
 from torch import nn
 from torch.nn import functional as F
 
 from bitnet.layers import BitLinear, swap_linears
 from bitnet.layers.bit_linear import MAX_EXACT_K
 from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from bitnet_kernels import matmul_reference
 
 KINDS = ["ternary", "binary"]
 

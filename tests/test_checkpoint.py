@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitnet_kernels import matmul_reference
 
 from bitnet import load_checkpoint
 from bitnet.checkpoint import find_checkpoint, read_checkpoint, weights_digest
@@ -14,6 +13,7 @@ from bitnet.errors import UserError
 from bitnet.layers import BitLinear
 from bitnet.quantizers import quantize_int8_absmax, quantize_ternary_absmean
 from bitnet.training.atomic import PARTIAL_SUFFIX, remove_partial_files, write_atomically
+from bitnet_kernels import matmul_reference
 
 
 def test_run_folder_and_file_give_the_same_model(finished_run) -> None:

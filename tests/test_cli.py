@@ -63,7 +63,9 @@ def test_unknown_option_names_the_nearest_key(capsys, tmp_path, typo) -> None:
 )
 def test_unknown_key_in_yaml(capsys, tmp_path, content, named) -> None:
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
-    line = error_of(capsys, fit([*tiny_options(tmp_path / "no.txt", tmp_path / "run"), "--config", str(tmp_path / "bad.yaml")]))
+    line = error_of(
+        capsys, fit([*tiny_options(tmp_path / "no.txt", tmp_path / "run"), "--config", str(tmp_path / "bad.yaml")])
+    )
     assert "unknown key" in line and named in line
 
 
@@ -162,7 +164,10 @@ def test_run_folder_is_complete_and_its_config_can_be_used_again(finished_run, s
     names = {p.name for p in finished_run.iterdir()}
     assert {"config.yaml", "tokenizer.json", "checkpoints", "loss.png", "weights.png", "summary.json"} <= names
     assert {p.name for p in (finished_run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
-    assert fit(["fit", "--config", str(finished_run / "config.yaml"), f"--trainer.default_root_dir={tmp_path / 'again'}"]) == 0
+    assert (
+        fit(["fit", "--config", str(finished_run / "config.yaml"), f"--trainer.default_root_dir={tmp_path / 'again'}"])
+        == 0
+    )
     from bitnet.checkpoint import read_checkpoint, weights_digest
 
     digests = {weights_digest(read_checkpoint(f)["state_dict"]) for f in (finished_run, tmp_path / "again")}
@@ -197,7 +202,9 @@ def test_generate_and_evaluate_a_run(finished_run, stories, capsys) -> None:
     assert bitnet(["evaluate", str(finished_run), "--data.path", str(stories), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["documents"] == 60 and 1.0 < result["bits_per_byte"] < 5.0
-    assert result["text_bytes"] == sum(len(d.strip("\n").encode()) for d in Path(stories).read_text().split("<|endoftext|>"))
+    assert result["text_bytes"] == sum(
+        len(d.strip("\n").encode()) for d in Path(stories).read_text().split("<|endoftext|>")
+    )
 
 
 def test_evaluate_agrees_with_the_validation_of_the_run(stories, tmp_path, run_fit, capsys) -> None:
@@ -230,8 +237,14 @@ def test_prepare_makes_a_folder_that_fit_takes(stories, tmp_path, run_fit, capsy
     run_fit(tokens, tmp_path / "run", "--trainer.max_steps=2")
 
 
-def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(finished_run, stories, tmp_path, capsys) -> None:
-    options = [*tiny_options(stories, tmp_path / "run"), f"--model.init_from={finished_run}", "--model.recipe.weight=binary"]
+def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(
+    finished_run, stories, tmp_path, capsys
+) -> None:
+    options = [
+        *tiny_options(stories, tmp_path / "run"),
+        f"--model.init_from={finished_run}",
+        "--model.recipe.weight=binary",
+    ]
     assert fit([*options, "--trainer.max_steps=1"]) == 0
     capsys.readouterr()
     line = error_of(capsys, fit([*options, "--model.config.n_layers=1"]))

@@ -100,8 +100,12 @@ def test_recipes_take_modules_of_other_libraries() -> None:
 
 
 @pytest.mark.parametrize(
-    "options,named", [({"act4_from": 1.5}, "act4_from"), ({"quantizer_warmup": -1}, "quantizer_warmup"),
-                      ({"act4_from": 0.9, "act_bits": 4}, "act_bits")]
+    "options,named",
+    [
+        ({"act4_from": 1.5}, "act4_from"),
+        ({"quantizer_warmup": -1}, "quantizer_warmup"),
+        ({"act4_from": 0.9, "act_bits": 4}, "act_bits"),
+    ],
 )
 def test_impossible_options_are_refused(options, named) -> None:
     with pytest.raises(UserError, match=named):

@@ -244,7 +244,9 @@ def _docstrings(file: Path) -> str:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, OSError):
         return ""
-    nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
+    nodes = (
+        n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    )
     ordered = sorted(nodes, key=lambda n: getattr(n, "lineno", 0))
     texts = [text for n in ordered if (text := ast.get_docstring(n)) and len(text) > 40]
     return "\n\n".join(texts)

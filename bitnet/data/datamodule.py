@@ -100,7 +100,9 @@ class TokenDataModule(L.LightningDataModule):
             return self.store
         if is_token_folder(self.paths[0]):
             if len(self.paths) > 1 or self.streaming:
-                raise UserError(f"{self.paths[0]}: a prepared token folder must be the only data.path, and not streamed.")
+                raise UserError(
+                    f"{self.paths[0]}: a prepared token folder must be the only data.path, and not streamed."
+                )
             store = TokenStore(Path(self.paths[0]).expanduser())
         else:
             val = [open_corpus(p, self.reading) for p in self.val_paths]
@@ -234,4 +236,3 @@ def _check(
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("stream_block", block)):
         if value < 1:
             raise UserError(f"data.{name} = {value}: must be at least 1.")
-

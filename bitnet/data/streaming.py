@@ -46,7 +46,7 @@ def open_stream(paths: list[str], weights: list[float] | None, reading: Reading,
 
 
 def take_head(dataset: Any, text_key: str, val_bytes: int, sample_bytes: int) -> tuple[list[str], list[str], int]:
-    """From the start of a stream: documents to validate on, documents to train a tokenizer on, and how many are the first.
+    """From the start of a stream: documents to validate on, a sample for a tokenizer, and the number of held-out records.
 
     Raises ``UserError`` when the stream ends before there is anything left to train on.
     """

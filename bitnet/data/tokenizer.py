@@ -31,7 +31,7 @@ def pieces(document: str, size: int = PIECE) -> Iterator[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
-    """Byte-level BPE with at most ``vocab_size`` tokens, ``EOS`` being id 0. Raises ``UserError`` if that is below 257."""
+    """Byte-level BPE with at most ``vocab_size`` tokens, ``EOS`` being id 0; ``UserError`` if that is below 257."""
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(f"data.vocab_size = {vocab_size}: byte-level BPE needs at least {SMALLEST_VOCAB}.")
     tokenizer = Tokenizer(models.BPE())

@@ -99,7 +99,7 @@ class TokenStore:
         return sum(t.text_bytes for t in totals) / sum(t.tokens for t in totals)
 
     def byte_lengths(self) -> Tensor:
-        """Float32 (V,): bytes of text that each id stands for, corrected so that they add up over the validation set."""
+        """Float32 (V,): bytes of text that each id stands for, corrected to add up over the validation set."""
         lengths = torch.tensor(token_byte_lengths(self.tokenizer), dtype=torch.float32)
         counts = torch.from_numpy(np.bincount(self.ids("val"), minlength=self.vocab_size))
         total = float((counts.double() * lengths.double()).sum())
@@ -297,7 +297,9 @@ def document_ids(inputs: Tensor, eos_id: int) -> Tensor:
 
 
 def validation_rows(ids: np.ndarray[Any, np.dtype[Any]], seq_len: int) -> Iterator[Tensor]:
-    """All rows of ``ids`` as int64 (seq_len + 1,), the last one padded with ``IGNORE``; each id but the first is a target once."""
+    """All rows of ``ids`` as int64 (seq_len + 1,), the last one padded with ``IGNORE``: each id but the first is a
+    target exactly once.
+    """
     for start in range(0, max(len(ids) - 1, 0), seq_len):
         row = torch.full((seq_len + 1,), IGNORE, dtype=torch.int64)
         part = torch.from_numpy(ids[start : start + seq_len + 1].astype(np.int64))

@@ -73,7 +73,7 @@ class _BitLinearFunction(torch.autograd.Function):
         return y.div_(x_inv_scale * w_inv_scale).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x_q, x_inv_scale, w_q, w_inv_scale = ctx.saved_tensors
         x_dtype, w_dtype = ctx.input_dtypes
         grad_x = grad_w = None
@@ -165,7 +165,8 @@ class BitLinear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         quantizer = ACTIVATION_QUANTIZERS[self.act_bits]
-        y = _BitLinearFunction.apply(x.flatten(0, -2), self.weight, w_q, w_inv_scale, quantizer, dtype)
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = _BitLinearFunction.apply(rows, self.weight, w_q, w_inv_scale, quantizer, dtype)  # type: ignore[no-untyped-call]
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -185,5 +186,3 @@ class BitLinear(nn.Linear):
 
 def _blend(x: Tensor, quantized: Tensor, warmup: float) -> Tensor:
     return straight_through(quantized if warmup == 1.0 else torch.lerp(x.detach(), quantized, warmup), x)
-
-

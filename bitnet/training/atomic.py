@@ -24,7 +24,9 @@ def write_atomically(content: Any, path: Path) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: the checkpoint cannot be written ({error.strerror}); the previous one is intact.") from error
+        raise UserError(
+            f"{path}: the checkpoint cannot be written ({error.strerror}); the previous one is intact."
+        ) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

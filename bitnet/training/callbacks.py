@@ -61,7 +61,9 @@ class RandomState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._state is None:
             return
         state, self._state = self._state, None
@@ -75,7 +77,8 @@ class RandomState(Callback):
 
 
 def is_log_step(trainer: L.Trainer, step: int) -> bool:
-    return step % trainer.log_every_n_steps == 0 or step in (1, trainer.max_steps)
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return step % every == 0 or step in (1, trainer.max_steps)
 
 
 class TrainingMetrics(Callback):
@@ -98,7 +101,9 @@ class TrainingMetrics(Callback):
             }
             writer.add_custom_scalars({"run": charts})
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._started = time.monotonic()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: LitBitNet, optimizer: Any) -> None:  # type: ignore[override]

@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from bitnet.checkpoint import find_checkpoint, read_checkpoint
-from bitnet.config import ModelConfig
+from bitnet.config import ModelConfig, OptimConfig
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError, did_you_mean
 from bitnet.recipes import RECIPES, BitNet, Recipe
@@ -61,7 +61,9 @@ def find_config(name: str) -> Path:
     if short in shipped:
         return shipped[short]
     known = ", ".join(sorted(shipped))
-    raise UserError(f"--config {name}: no such file, and no shipped config.{did_you_mean(short, shipped)} Shipped: {known}.")
+    raise UserError(
+        f"--config {name}: no such file, and no shipped config.{did_you_mean(short, shipped)} Shipped: {known}."
+    )
 
 
 def _resolve_configs(args: list[str]) -> list[str]:
@@ -88,7 +90,7 @@ class OneLineParser(LightningArgumentParser):
         raise UserError(_explain(message, self._known_keys()))
 
     def _known_keys(self) -> set[str]:
-        keys = set()
+        keys: set[str] = set()
         for action in self._actions:
             keys.update(option.lstrip("-") for option in action.option_strings)
             for subparser in getattr(action, "_name_parser_map", {}).values():
@@ -116,7 +118,9 @@ def _explain(message: str, known: set[str]) -> str:
             if key not in known and parents and not key.startswith(parents[0]):
                 key = f"{parents[0]}.{key}"
             return f"unknown key '{key}'.{did_you_mean(key, known)}"
-    if match := re.search(r"Expected an? (?:typing\.)?(Literal\[.*?\]|<class '(?:[\w.]+)'>).*?Got value: (.*?)(?= - |$)", text):
+    if match := re.search(
+        r"Expected an? (?:typing\.)?(Literal\[.*?\]|<class '(?:[\w.]+)'>).*?Got value: (.*?)(?= - |$)", text
+    ):
         wanted = match[1].removeprefix("Literal[").rstrip("]")
         wanted = f"one of {wanted}" if match[1].startswith("Literal") else re.sub(r"<class '([\w.]+)'>", r"\1", wanted)
         return f"{'.'.join(parents) or 'a value'} = {match[2]}: expected {wanted}."
@@ -154,7 +158,9 @@ def new_run_folder(root: Path, overwrite: bool) -> Path:
         return root
     if overwrite:
         if not (root / "config.yaml").is_file():
-            raise UserError(f"--overwrite: {root} is not the folder of a run (it has no config.yaml); remove it yourself.")
+            raise UserError(
+                f"--overwrite: {root} is not the folder of a run (it has no config.yaml); remove it yourself."
+            )
         return root
     number = 2
     while (folder := root.with_name(f"{root.name}-{number}")).exists():
@@ -261,7 +267,12 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*", ".*isinstance.treespec, LeafSpec.*", ".*`_get_pool.*"):
+    for message in (
+        ".*does not have many workers.*",
+        "Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*`_get_pool.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -307,6 +318,7 @@ class ParsedConfig:
 
     model: ModelConfig
     recipe: Recipe
+    optim: OptimConfig
     data: dict[str, Any]
     trainer: dict[str, Any]
 
@@ -319,6 +331,7 @@ def parse_config(args: list[str]) -> ParsedConfig:
     return ParsedConfig(
         model=ModelConfig(**config.model.config.as_dict()),
         recipe=kind(**recipe.init_args.as_dict()) if recipe else BitNet(),
+        optim=OptimConfig(**config.model.optim.as_dict()),
         data=config.data.as_dict(),
         trainer=config.trainer.as_dict(),
     )
@@ -338,5 +351,3 @@ def main(args: list[str] | None = None) -> int:
             raise
         return report_error(error)
     return 0
-
-

@@ -12,12 +12,11 @@ from bitnet import checkpoint
 from bitnet.config import ModelConfig, OptimConfig, ScheduleConfig
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError
-from bitnet.loss import Score, score_batch
 from bitnet.layers import BitLinear
+from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
 from bitnet.recipes import Recipe
 from bitnet.training.optim import apply_schedule, build_optimizer
-
 
 DEFAULT_OPTIM = OptimConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
@@ -77,7 +76,8 @@ class LitBitNet(L.LightningModule):
             self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
         if self.config.max_seq_len < self.data.seq_len:
             raise UserError(
-                f"data.seq_len = {self.data.seq_len} is longer than model.config.max_seq_len = {self.config.max_seq_len}."
+                f"data.seq_len = {self.data.seq_len} is longer than "
+                f"model.config.max_seq_len = {self.config.max_seq_len}."
             )
 
     def configure_model(self) -> None:
@@ -102,12 +102,15 @@ class LitBitNet(L.LightningModule):
         differing = [
             f"{f.name} = {getattr(old, f.name)} there, {getattr(self.config, f.name)} here"
             for f in dataclasses.fields(ModelConfig)
-            if f.name not in ("dropout", "init_std", "max_seq_len") and getattr(old, f.name) != getattr(self.config, f.name)
+            if f.name not in ("dropout", "init_std", "max_seq_len")
+            and getattr(old, f.name) != getattr(self.config, f.name)
         ]
         if differing:
             raise UserError(f"model.init_from = {path}: another model ({'; '.join(differing)}).")
         if content["bitnet"]["tokenizer"] != self.data.tokenizer.to_str():
-            raise UserError(f"model.init_from = {path}: its tokenizer differs; set data.tokenizer to the one of that run.")
+            raise UserError(
+                f"model.init_from = {path}: its tokenizer differs; set data.tokenizer to the one of that run."
+            )
         model.load_state_dict(checkpoint.model_state(content))
 
     def _shard(self, model: Transformer) -> None:
@@ -117,7 +120,7 @@ class LitBitNet(L.LightningModule):
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         for block in model.layers:
-            fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+            fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -161,7 +164,9 @@ class LitBitNet(L.LightningModule):
         score = self._validation
         if self.trainer.world_size > 1:
             totals = torch.tensor([score.nats, score.tokens, score.text_bytes], dtype=torch.float64, device=self.device)
-            nats, tokens, text_bytes = self.all_gather(totals).reshape(-1, 3).sum(dim=0).tolist()
+            gathered = self.all_gather(totals)
+            assert isinstance(gathered, Tensor)
+            nats, tokens, text_bytes = gathered.reshape(-1, 3).sum(dim=0).tolist()
             score = Score(nats, int(tokens), text_bytes)
         metrics = {"val/loss": score.loss, "val/bpb": score.bits_per_byte}
         self.log_dict(metrics, logger=False)  # for checkpoints and the progress line
@@ -184,7 +189,7 @@ class LitBitNet(L.LightningModule):
                 "ckpt_path: the checkpoint was trained with another tokenizer; resume with the same data, "
                 "or set data.tokenizer to the run's tokenizer.json."
             )
-        old = checkpoint.ModelConfig(**description["config"])
+        old = ModelConfig(**description["config"])
         for field in dataclasses.fields(ModelConfig):
             before, now = getattr(old, field.name), getattr(self.config, field.name)
             if before != now and field.name not in ("dropout", "init_std", "max_seq_len"):

@@ -34,8 +34,8 @@ def text_image(text: str, title: str) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     figure.text(0.02, 0.97, f"{title}\n{body}", family="monospace", fontsize=9, va="top")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a young model writes characters that no font has
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
 
 
 def read_curves(folder: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
@@ -80,7 +80,9 @@ def plot_quantized(model: torch.nn.Module, file: Path) -> None:
     figure = Figure(figsize=(max(6.0, 0.22 * len(names) + 1.5), 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     bottom = np.zeros(len(names))
-    for value, share, color in zip(("-1", "0", "+1"), np.array(shares).T, ("#3b6fb6", "#d0d0d0", "#c8553d"), strict=True):
+    for value, share, color in zip(
+        ("-1", "0", "+1"), np.array(shares).T, ("#3b6fb6", "#d0d0d0", "#c8553d"), strict=True
+    ):
         axes.bar(range(len(names)), share, bottom=bottom, label=value, color=color, width=0.9)
         bottom += share
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -121,7 +123,8 @@ class RunReport(Callback):
             f"model   {counts.total / 1e6:.2f} M parameters, {counts.linear / 1e6:.2f} M of them {kind}: "
             f"{config.n_layers} layers, dim {config.dim}, ffn {config.ffn_dim}, {config.vocab_size} tokens",
             f"data    {', '.join(data['paths'])}: {train_bytes / 1e6:.2f} MB, {train_tokens:,} tokens; "
-            f"{data['val']['text_bytes'] / 1e6:.2f} MB held out; sha256 {data['sha256'][0][:12]}, Python {data['python']}",
+            f"{data['val']['text_bytes'] / 1e6:.2f} MB held out; "
+            f"sha256 {data['sha256'][0][:12]}, Python {data['python']}",
             f"run     {trainer.default_root_dir}",
         ]
         obstacles = config.export_obstacles()
@@ -141,8 +144,18 @@ class RunReport(Callback):
         seconds = time.monotonic() - self._started
         if trainer.logger is not None:
             trainer.logger.save()
-        curves = read_curves(folder, ("train/loss", "train/bpb", "val/loss", "val/bpb", "perf/tokens_per_s",
-                                      "quant/zero_fraction", "quant/flip_rate"))
+        curves = read_curves(
+            folder,
+            (
+                "train/loss",
+                "train/bpb",
+                "val/loss",
+                "val/bpb",
+                "perf/tokens_per_s",
+                "quant/zero_fraction",
+                "quant/flip_rate",
+            ),
+        )
         plot_loss(curves, folder / "loss.png")
         if trainer.world_size == 1:
             plot_quantized(pl_module.transformer, folder / "weights.png")
@@ -164,7 +177,10 @@ class RunReport(Callback):
 def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[str]:
     figures = summary["figures"]
     bitnet = command_prefix()
-    lines = ["", f"Done: {steps} steps in {summary['seconds']:.0f} s; everything is in {folder}/ (see loss.png, weights.png)"]
+    lines = [
+        "",
+        f"Done: {steps} steps in {summary['seconds']:.0f} s; everything is in {folder}/ (see loss.png, weights.png)",
+    ]
     if "val/bpb" in figures:
         lines.append(f"  validation   {figures['val/loss']:.4f} nats per token, {figures['val/bpb']:.4f} bits per byte")
     if "quant/zero_fraction" in figures:
@@ -174,7 +190,7 @@ def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[st
         lines.append(f"  speed        {figures['perf/tokens_per_s']:,.0f} tokens/s")
     lines += [
         "Next:",
-        f"  {bitnet} generate {folder} --prompt \"The\" --max_new_tokens 100",
+        f'  {bitnet} generate {folder} --prompt "The" --max_new_tokens 100',
         f"  {Path(bitnet).with_name('tensorboard') if '/' in bitnet else 'tensorboard'} --logdir {folder.parent}",
         f"  {bitnet} fit --config tiny --data.path my_texts/ --trainer.max_steps 500",
     ]

@@ -28,7 +28,13 @@ def compress_zst(data: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "name,compress",
-    [("a.txt", bytes), ("a.utf8", bytes), ("a.txt.gz", gzip.compress), ("a.txt.xz", lzma.compress), ("a.txt.zst", compress_zst)],
+    [
+        ("a.txt", bytes),
+        ("a.utf8", bytes),
+        ("a.txt.gz", gzip.compress),
+        ("a.txt.xz", lzma.compress),
+        ("a.txt.zst", compress_zst),
+    ],
 )
 def test_text_with_byte_order_mark_and_crlf(tmp_path, name, compress) -> None:
     (tmp_path / name).write_bytes(compress(b"\xef\xbb\xbf" + TEXT.encode()))
@@ -102,7 +108,9 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, run_prepare) -> None:
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path,message", [("nowhere.txt", "no such file"), ("*.nothing", "no file matches"), (".", "no text files")])
+@pytest.mark.parametrize(
+    "path,message", [("nowhere.txt", "no such file"), ("*.nothing", "no file matches"), (".", "no text files")]
+)
 def test_missing_sources(tmp_path, path, message) -> None:
     with pytest.raises(UserError, match=message):
         read(tmp_path / path)

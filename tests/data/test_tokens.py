@@ -120,7 +120,13 @@ def test_cache_is_keyed_by_content_tokenizer_and_settings(tmp_path, run_prepare)
     changed = run_prepare(file)
     assert changed.folder != first.folder
     folders = {first.folder, changed.folder}
-    for options in ({"vocab_size": 310}, {"val_fraction": 0.3}, {"seed": 5}, {"separator": "\n"}, {"val_path": str(moved)}):
+    for options in (
+        {"vocab_size": 310},
+        {"val_fraction": 0.3},
+        {"seed": 5},
+        {"separator": "\n"},
+        {"val_path": str(moved)},
+    ):
         store = run_prepare(file, **options)
         assert store.folder not in folders
         folders.add(store.folder)
@@ -135,7 +141,9 @@ def test_interrupted_preparation_leaves_nothing_to_be_found(stories, tmp_path, r
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokens.json, "dumps", lambda *a, real=json.dumps, **k: fail() if "indent" in k else real(*a, **k))
+    monkeypatch.setattr(
+        tokens.json, "dumps", lambda *a, real=json.dumps, **k: fail() if "indent" in k else real(*a, **k)
+    )
     with pytest.raises(KeyboardInterrupt):
         run_prepare(stories)
     assert list((tmp_path / "cache").iterdir()) == []

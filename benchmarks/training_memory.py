@@ -1,0 +1,118 @@
+"""Measured peak memory of training steps against the estimate of ``bitnet inspect``.
+
+    python benchmarks/training_memory.py [--out benchmarks/results/training_memory_cpu_DATE.json]
+
+Each shape runs in a process of its own; memory is the peak resident set minus what the process held before the model
+was built. MALLOC_MMAP_THRESHOLD_ makes the C library give the memory of each tensor back at once, so that the resident
+set is what is alive; the last column shows the peak without it, when the heap keeps what it has.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+SHAPES = {
+    "tiny": {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 512, "vocab_size": 2048, "rows": 8, "seq_len": 256},
+    "deep": {"dim": 384, "n_layers": 12, "n_heads": 6, "ffn_dim": 1024, "vocab_size": 4096, "rows": 4, "seq_len": 512},
+    "wide": {
+        "dim": 1024,
+        "n_layers": 2,
+        "n_heads": 16,
+        "ffn_dim": 2816,
+        "vocab_size": 8192,
+        "rows": 2,
+        "seq_len": 1024,
+    },
+    "vocabulary": {
+        "dim": 256,
+        "n_layers": 2,
+        "n_heads": 4,
+        "ffn_dim": 512,
+        "vocab_size": 32000,
+        "rows": 4,
+        "seq_len": 512,
+    },
+}
+
+
+def resident() -> int:
+    """Peak resident bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(shape: dict[str, int], weight: str) -> dict[str, float]:
+    """Train three steps of this shape here; bytes measured and estimated."""
+    import torch
+
+    from bitnet import BitNet, ModelConfig, OptimConfig, Transformer
+    from bitnet.estimate import training_memory
+    from bitnet.loss import next_token_loss
+    from bitnet.training.optim import build_optimizer
+
+    torch.set_num_threads(1)
+    sizes = dict(shape)
+    rows, seq_len = sizes.pop("rows"), sizes.pop("seq_len")
+    config = ModelConfig(**sizes, max_seq_len=seq_len)
+    act_bits = "none" if weight == "none" else 8
+
+    def train(config: ModelConfig, rows: int, steps: int) -> None:
+        model = Transformer(config)
+        BitNet(weight=weight, act_bits=act_bits).prepare(model)
+        optimizer = build_optimizer(model, OptimConfig())
+        ids = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1))
+        for _ in range(steps):
+            next_token_loss(model, {"inputs": ids[:, :-1], "targets": ids[:, 1:]}).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    # The pages of libraries that a first step touches are not what the model takes.
+    train(ModelConfig(vocab_size=64, dim=32, n_layers=1, n_heads=2, ffn_dim=64, max_seq_len=32), rows=2, steps=2)
+    before = resident()
+    train(config, rows, steps=3)
+    after = resident()
+    estimate = training_memory(config, weight=weight, act_bits=act_bits, rows=rows, seq_len=seq_len, bf16=False)
+    return {"measured": after - before, "estimated": estimate.total}
+
+
+def run(command: list[str], **environment: str) -> dict[str, float]:
+    """The JSON that ``--one`` prints in a fresh process."""
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("SHAPE", "WEIGHT"), help="measure one shape in this process")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(SHAPES[args.one[0]], args.one[1])))
+        return
+    rows = []
+    for name in SHAPES:
+        for weight in ("ternary", "none"):
+            command = [sys.executable, __file__, "--one", name, weight]
+            result = run(command, MALLOC_MMAP_THRESHOLD_="65536")
+            heap = run(command)["measured"]
+            ratio = result["estimated"] / result["measured"]
+            rows.append({"shape": name, "weight": weight, **result, "ratio": ratio, "measured_with_heap": heap})
+            megabytes = f"{result['measured'] / 1e6:8.0f} MB measured {result['estimated'] / 1e6:8.0f} MB estimated"
+            print(
+                f"{name:12} {weight:8} {megabytes}   ratio {ratio:.2f}   {heap / 1e6:8.0f} MB with the heap's reserve"
+            )
+    if args.out:
+        import torch
+
+        machine = {"torch": torch.__version__, "machine": platform.machine(), "python": platform.python_version()}
+        args.out.write_text(json.dumps({"shapes": SHAPES, "rows": rows, **machine}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

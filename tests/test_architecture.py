@@ -1,0 +1,120 @@
+"""The house rules that a machine can check: style, types, layers, and what an import does."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_ruff() -> None:
+    run("-m", "ruff", "check", ".")
+    run("-m", "ruff", "format", "--check", ".")
+
+
+def test_mypy_strict() -> None:
+    run("-m", "mypy")
+
+
+def test_imports_run_downward() -> None:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    run("-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())", PYTHONPATH=paths)
+
+
+PROBE = """
+import json, os, socket, subprocess, sys, time
+def forbidden(*args, **kwargs): raise AssertionError("socket or process at import")
+socket.socket.connect = socket.create_connection = subprocess.Popen.__init__ = os.system = forbidden
+start = time.perf_counter(); import torch; middle = time.perf_counter(); import bitnet; end = time.perf_counter()
+names = ("triton", "lightning", "datasets", "transformers", "matplotlib", "tensorboard")
+print(json.dumps({
+    "torch": middle - start, "bitnet": end - middle, "cuda": torch.cuda.is_initialized(),
+    "loaded": [n for n in names if n in sys.modules],
+}))
+"""
+
+
+def test_import_is_light_and_does_nothing(tmp_path) -> None:
+    """Under twice the time of ``import torch``: what bitnet adds to it is less than torch itself."""
+    best = min((json.loads(run("-c", PROBE, HOME=str(tmp_path))) for _ in range(3)), key=lambda r: r["bitnet"])
+    assert best["bitnet"] < best["torch"]
+    assert best["loaded"] == [] and not best["cuda"]
+    assert list(tmp_path.iterdir()) == []
+
+
+TRAIN = """
+import socket, sys
+def forbidden(*args, **kwargs): raise AssertionError("network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = forbidden
+import torch
+from bitnet.training.cli import main
+code = main(sys.argv[1:])
+assert not torch.cuda.is_initialized()
+ours = [m for m in sys.modules if m.startswith(("bitnet", "bitnet_kernels"))]
+users = [m for m in ours if hasattr(sys.modules[m], "triton") or hasattr(sys.modules[m], "tl")]
+print("kernels", [m for m in ours if "triton" in m] + users, file=sys.stderr)
+print("triton", "triton" in sys.modules, file=sys.stderr)
+raise SystemExit(code)
+"""
+
+
+def test_a_cpu_run_needs_no_network_no_cuda_and_no_triton(stories, tmp_path) -> None:
+    options = ["fit", "--config", "overlays/smoke", f"--data.path={stories}", "--trainer.accelerator=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *options, f"--trainer.default_root_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kernels []" in done.stderr and "triton False" in done.stderr
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
+
+
+FORBIDDEN_CALLS = {"eval", "exec", "extractall"}
+FORBIDDEN_KEYWORDS = {("weights_only", False), ("trust_remote_code", True), ("shell", True)}
+
+
+@pytest.mark.parametrize("file", python_files("bitnet", "kernels"), ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_unsafe_call(file) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in FORBIDDEN_CALLS, node.lineno
+            for keyword in node.keywords:
+                if isinstance(keyword.value, ast.Constant):
+                    assert (keyword.arg, keyword.value.value) not in FORBIDDEN_KEYWORDS, node.lineno
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "*"} & set(names), node.lineno
+
+
+def test_no_file_has_grown_past_its_job() -> None:
+    long = {
+        str(f.relative_to(ROOT)): n
+        for f in python_files("bitnet", "kernels")
+        if (n := len(f.read_text().splitlines())) > 400
+    }
+    assert long == {}
+
+
+def test_kernels_folder_is_no_package() -> None:
+    """A top-level ``kernels`` package would hide the one of that name that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
