@@ -88,10 +88,8 @@ def training_memory(
     compute = 2 if bf16 else 4
     quantized = weight != "none" and act_bits != "none"
     dim, ffn, kv_dim = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
-    if quantized:  # int8 inputs of wq wk wv, wo, w1 w3 and w2, each kept by its layer
-        linear_inputs = 6 * dim + ffn
-    else:  # the inputs of wq wk wv, and of w1 w3, are one tensor each
-        linear_inputs = compute * (3 * dim + ffn)
+    # int8 inputs of wq wk wv wo w1 w3 w2 are kept by each layer; float inputs of wq wk wv, and w1 w3, are shared.
+    linear_inputs = 6 * dim + ffn if quantized else compute * (3 * dim + ffn)
     normed = 2 * dim + (dim + ffn if config.sub_norm else 0)
     norms = 2 * 4 * normed  # the input and the normalised input, both float32
     attention = compute * (

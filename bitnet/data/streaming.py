@@ -46,7 +46,7 @@ def open_stream(paths: list[str], weights: list[float] | None, reading: Reading,
 
 
 def take_head(dataset: Any, text_key: str, val_bytes: int, sample_bytes: int) -> tuple[list[str], list[str], int]:
-    """From the start of a stream: documents to validate on, a sample for a tokenizer, and the number of held-out records.
+    """From the start of a stream: documents to validate on, a sample for a tokenizer, and how many records they are.
 
     Raises ``UserError`` when the stream ends before there is anything left to train on.
     """
