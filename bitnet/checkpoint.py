@@ -78,6 +78,27 @@ def build(description: dict[str, Any]) -> tuple[ModelConfig, Recipe]:
     return config, kind(**options)
 
 
+FREE_TO_CHANGE = ("dropout", "init_std", "max_seq_len")
+"""Fields of the model config that may differ from the checkpoint's: no tensor depends on them."""
+
+
+def check_fits(description: dict[str, Any], config: ModelConfig, tokenizer_json: str, where: str) -> None:
+    """Refuse to load a checkpoint into another model or under another tokenizer; ``where`` names it in the message."""
+    old, _ = build(description)
+    differing = [
+        f"model.config.{field.name} is {getattr(old, field.name)} there and {getattr(config, field.name)} here"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in FREE_TO_CHANGE and getattr(old, field.name) != getattr(config, field.name)
+    ]
+    if description["tokenizer"] != tokenizer_json:
+        raise UserError(
+            f"{where}: trained with another tokenizer; use the same data, "
+            "or set data.tokenizer to that run's tokenizer.json."
+        )
+    if differing:
+        raise UserError(f"{where}: another model ({'; '.join(differing)}).")
+
+
 def model_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of the model, under the names that ``Transformer`` gives them."""
     return {

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from bitnet.__main__ import main as bitnet
-from bitnet.training.cli import find_run, new_run_folder
 from bitnet.training.cli import main as fit
+from bitnet.training.run_folder import find_run, new_run_folder
 
 from .conftest import tiny_options
 
@@ -248,10 +248,12 @@ def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(
     assert fit([*options, "--trainer.max_steps=1"]) == 0
     capsys.readouterr()
     line = error_of(capsys, fit([*options, "--model.config.n_layers=1"]))
-    assert "n_layers = 2 there, 1 here" in line
+    assert "model.config.n_layers is 2 there and 1 here" in line
 
 
 def test_resume_refuses_another_tokenizer_or_shape(finished_run, stories, tmp_path, capsys) -> None:
     options = [*tiny_options(stories, finished_run), "--ckpt_path", str(finished_run / "checkpoints" / "last.ckpt")]
-    assert "tokenizer" in error_of(capsys, fit([*options, "--data.vocab_size=280"]))
-    assert "model.config.dim = 64" in error_of(capsys, fit([*options, "--model.config.dim=64"]))
+    before = {f: f.read_bytes() for f in finished_run.rglob("*") if f.is_file()}
+    assert "another tokenizer" in error_of(capsys, fit([*options, "--data.vocab_size=280"]))
+    assert "dim is 32 there and 64 here" in error_of(capsys, fit([*options, "--model.config.dim=64"]))
+    assert {f: f.read_bytes() for f in finished_run.rglob("*") if f.is_file()} == before

@@ -6,7 +6,8 @@ import torch
 from bitnet.estimate import count_parameters, packed_bytes
 from bitnet.layers import BitLinear
 from bitnet.model import Transformer
-from bitnet.training.cli import parse_config, shipped_configs
+from bitnet.training.cli import parse_config
+from bitnet.training.shipped import shipped_configs
 
 PRESETS = sorted(name for name in shipped_configs() if not name.startswith("overlays/"))
 OVERLAYS = sorted(name for name in shipped_configs() if name.startswith("overlays/"))
@@ -74,7 +75,7 @@ def test_published_learning_rates() -> None:
     """BitNet b1 125M: 2.4e-3; BitNet v2 400M: 1.8e-3; tips 1.3B: 1.2e-3; QuEST 30M: 1.2e-3; FloatLM 99M: 4e-4."""
     import yaml
 
-    from bitnet.training.cli import find_config
+    from bitnet.training.shipped import find_config
 
     rates = {n: float(yaml.safe_load(find_config(n).read_text())["model"]["optim"]["lr"]) for n in PRESETS}
     del rates["tiny"]

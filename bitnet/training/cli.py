@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from bitnet.checkpoint import find_checkpoint, read_checkpoint
+from bitnet.checkpoint import check_fits, read_checkpoint
 from bitnet.config import ModelConfig, OptimConfig
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError, did_you_mean
@@ -30,54 +30,10 @@ from bitnet.training.atomic import AtomicCheckpointIO, remove_partial_files
 from bitnet.training.callbacks import default_callbacks
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import PreparationProgress
+from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
+from bitnet.training.shipped import find_config
 
 DEFAULT_CONFIG = "tiny"
-
-
-# ---- shipped configs
-
-
-def config_folders() -> list[Path]:
-    """Where shipped configs lie: in the installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Name -> file, as in ``tiny`` and ``overlays/bf16``."""
-    found: dict[str, Path] = {}
-    for folder in config_folders():
-        for file in sorted(folder.rglob("*.yaml")):
-            found.setdefault(str(file.relative_to(folder).with_suffix("")), file)
-    return found
-
-
-def find_config(name: str) -> Path:
-    """The file ``name``, or the shipped config of that name (with or without configs/ and .yaml)."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = shipped_configs()
-    short = name.removeprefix("configs/").removesuffix(".yaml")
-    if short in shipped:
-        return shipped[short]
-    known = ", ".join(sorted(shipped))
-    raise UserError(
-        f"--config {name}: no such file, and no shipped config.{did_you_mean(short, shipped)} Shipped: {known}."
-    )
-
-
-def _resolve_configs(args: list[str]) -> list[str]:
-    """Replace the names behind --config by paths."""
-    out = list(args)
-    for i, arg in enumerate(out):
-        if arg in ("--config", "-c") and i + 1 < len(out):
-            out[i + 1] = str(find_config(out[i + 1]))
-        elif arg.startswith("--config="):
-            out[i] = f"--config={find_config(arg.removeprefix('--config='))}"
-    return out
-
-
-# ---- errors
 
 
 class OneLineParser(LightningArgumentParser):
@@ -133,58 +89,15 @@ def report_error(error: BaseException) -> int:
     return 2
 
 
-# ---- run folders
-
-
-def run_family(root: Path) -> list[Path]:
-    """``root``, ``root-2``, ``root-3``, ... as far as they exist, oldest first."""
-    numbered = []
-    for folder in root.parent.glob(f"{root.name}-*"):
-        if (number := folder.name.removeprefix(f"{root.name}-")).isdecimal():
-            numbered.append((int(number), folder))
-    return [root, *(folder for _, folder in sorted(numbered))] if root.exists() else [f for _, f in sorted(numbered)]
-
-
-def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-
-
-def new_run_folder(root: Path, overwrite: bool) -> Path:
-    """``root`` if it is free or may be overwritten, else the first free ``root-<n>``.
-
-    Only a folder that looks like a run (it has a config.yaml) may be overwritten.
-    """
-    if _is_free(root):
-        return root
-    if overwrite:
-        if not (root / "config.yaml").is_file():
-            raise UserError(
-                f"--overwrite: {root} is not the folder of a run (it has no config.yaml); remove it yourself."
-            )
-        return root
-    number = 2
-    while (folder := root.with_name(f"{root.name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
-    """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named."""
-    if ckpt_path != "last":
-        file = Path(ckpt_path)
-        if file.is_dir():
-            file = file / "checkpoints" / "last.ckpt"
-        if not file.is_file():
-            raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
-        folder = file.parent.parent if file.parent.name == "checkpoints" else root
-        return folder, file
-    for folder in reversed(run_family(root)):
-        if (file := folder / "checkpoints" / "last.ckpt").is_file():
-            return folder, file
-    raise UserError(f"--ckpt_path last: no run at {root} has saved a checkpoint yet.")
-
-
-# ---- the command
+def _resolve_configs(args: list[str]) -> list[str]:
+    """Replace the names behind --config by paths."""
+    out = list(args)
+    for i, arg in enumerate(out):
+        if arg in ("--config", "-c") and i + 1 < len(out):
+            out[i + 1] = str(find_config(out[i + 1]))
+        elif arg.startswith("--config="):
+            out[i] = f"--config={find_config(arg.removeprefix('--config='))}"
+    return out
 
 
 class FitCLI(LightningCLI):
@@ -218,7 +131,6 @@ class FitCLI(LightningCLI):
         self.ckpt_path: Path | None = None
         if config.ckpt_path:
             self.run_folder, self.ckpt_path = find_run(root, config.ckpt_path)
-            read_checkpoint(self.ckpt_path)
             config.ckpt_path = str(self.ckpt_path)
         else:
             self.run_folder = root
@@ -227,11 +139,14 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config.fit
         # Everything that can be wrong is looked at before a run folder exists.
-        if self.model.init_from:
-            find_checkpoint(self.model.init_from)
+        others = {"--ckpt_path": self.ckpt_path, "model.init_from": self.model.init_from}
+        contents = {f"{option} {path}": read_checkpoint(path) for option, path in others.items() if path}
         self.datamodule.progress = PreparationProgress()
-        self.datamodule.prepare_tokens()
-        if self.ckpt_path is None:
+        store = self.datamodule.prepare_tokens()
+        model_config = replace(self.model.config, vocab_size=store.vocab_size)
+        for where, content in contents.items():
+            check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), where)
+        if self.ckpt_path is None and is_first_process():
             self.run_folder = new_run_folder(self.run_folder, config.overwrite)
         kwargs["default_root_dir"] = str(self.run_folder)
         if config.trainer.logger is True:
@@ -244,7 +159,11 @@ class FitCLI(LightningCLI):
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def before_fit(self) -> None:
-        if self.ckpt_path is None and not _is_free(self.run_folder):
+        if is_first_process():
+            self._make_run_folder()
+
+    def _make_run_folder(self) -> None:
+        if self.ckpt_path is None and not is_free(self.run_folder):
             shutil.rmtree(self.run_folder)  # --overwrite, and nothing is wrong with the new run
         self.run_folder.mkdir(parents=True, exist_ok=True)
         remove_partial_files(self.run_folder / "checkpoints")
@@ -272,6 +191,7 @@ def quiet() -> None:
         "Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*`_get_pool.*",
+        "LightningCLI's args parameter is intended to run.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -280,23 +200,18 @@ def make_cli(args: list[str], run: bool = True, kind: type[FitCLI] = FitCLI) -> 
     """Parse ``args`` (with the subcommand first when ``run``) and, when ``run``, train."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     quiet()
-    saved_argv = sys.argv
-    sys.argv = sys.argv[:1]  # LightningCLI warns when it sees both
-    try:
-        return kind(
-            LitBitNet,
-            TokenDataModule,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_class=OneLineParser,
-            trainer_defaults={"callbacks": default_callbacks()},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=args,
-            run=run,
-        )
-    finally:
-        sys.argv = saved_argv
+    return kind(
+        LitBitNet,
+        TokenDataModule,
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_class=OneLineParser,
+        trainer_defaults={"callbacks": default_callbacks()},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=args,
+        run=run,
+    )
 
 
 class _ParseOnly(FitCLI):

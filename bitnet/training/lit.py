@@ -98,20 +98,11 @@ class LitBitNet(L.LightningModule):
     def _load_initial(self, model: Transformer, path: str) -> None:
         """Weights of another run; float and low-bit runs have the same keys."""
         content = checkpoint.read_checkpoint(path)
-        old, _ = checkpoint.build(content["bitnet"])
-        differing = [
-            f"{f.name} = {getattr(old, f.name)} there, {getattr(self.config, f.name)} here"
-            for f in dataclasses.fields(ModelConfig)
-            if f.name not in ("dropout", "init_std", "max_seq_len")
-            and getattr(old, f.name) != getattr(self.config, f.name)
-        ]
-        if differing:
-            raise UserError(f"model.init_from = {path}: another model ({'; '.join(differing)}).")
-        if content["bitnet"]["tokenizer"] != self.data.tokenizer.to_str():
-            raise UserError(
-                f"model.init_from = {path}: its tokenizer differs; set data.tokenizer to the one of that run."
-            )
+        self._check_fits(content["bitnet"], f"model.init_from = {path}")
         model.load_state_dict(checkpoint.model_state(content))
+
+    def _check_fits(self, description: dict[str, Any], where: str) -> None:
+        checkpoint.check_fits(description, self.config, self.data.tokenizer.to_str(), where)
 
     def _shard(self, model: Transformer) -> None:
         """FSDP2: each block gathers its weights when it needs them."""
@@ -148,6 +139,20 @@ class LitBitNet(L.LightningModule):
             if isinstance(module, BitLinear):
                 module.hold(hold)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's, which refuses fused optimizers under bf16 although nothing is scaled there."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.recipe.loss(self.transformer, batch)
 
@@ -181,16 +186,6 @@ class LitBitNet(L.LightningModule):
         content["bitnet"]["data"] = self.data.summary()
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
-        description = content.get("bitnet")
-        if description is None:
+        if "bitnet" not in content:
             raise UserError("ckpt_path: not a checkpoint of this library (it has no 'bitnet' entry).")
-        if description["tokenizer"] != self.data.tokenizer.to_str():
-            raise UserError(
-                "ckpt_path: the checkpoint was trained with another tokenizer; resume with the same data, "
-                "or set data.tokenizer to the run's tokenizer.json."
-            )
-        old = ModelConfig(**description["config"])
-        for field in dataclasses.fields(ModelConfig):
-            before, now = getattr(old, field.name), getattr(self.config, field.name)
-            if before != now and field.name not in ("dropout", "init_std", "max_seq_len"):
-                raise UserError(f"model.config.{field.name} = {now}, but the checkpoint was trained with {before}.")
+        self._check_fits(content["bitnet"], "ckpt_path")

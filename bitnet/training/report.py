@@ -164,6 +164,7 @@ class RunReport(Callback):
             "seconds": round(seconds, 1),
             "parameters": count_parameters(pl_module.config).total,
             "figures": {tag: round(curve[-1][1], 6) for tag, curve in curves.items() if curve},
+            "mean_flip_rate": round(float(np.mean([v for _, v in curves.get("quant/flip_rate", [(0, 0.0)])])), 8),
             "best_val_bpb": round(min((v for _, v in curves.get("val/bpb", [])), default=float("nan")), 6),
             "data": pl_module.data.summary(),
             "torch": torch.__version__,
@@ -184,8 +185,8 @@ def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[st
     if "val/bpb" in figures:
         lines.append(f"  validation   {figures['val/loss']:.4f} nats per token, {figures['val/bpb']:.4f} bits per byte")
     if "quant/zero_fraction" in figures:
-        zero, flips = figures["quant/zero_fraction"], figures["quant/flip_rate"]
-        lines.append(f"  weights      {zero:.1%} zeros, {flips:.3%} flipped by the last step")
+        zero, flips = figures["quant/zero_fraction"], summary["mean_flip_rate"]
+        lines.append(f"  weights      {zero:.1%} zeros; a step changed {flips:.3%} of them on average")
     if "perf/tokens_per_s" in figures:
         lines.append(f"  speed        {figures['perf/tokens_per_s']:,.0f} tokens/s")
     lines += [

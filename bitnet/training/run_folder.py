@@ -1,0 +1,60 @@
+"""Which folder a run is written to: a new one for each run, the old one for a run that goes on."""
+
+import os
+from pathlib import Path
+
+from bitnet.errors import UserError
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes; the launchers tell by an environment variable before anything else."""
+    rank = next((os.environ[v] for v in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if v in os.environ), "0")
+    return rank == "0"
+
+
+def run_family(root: Path) -> list[Path]:
+    """``root``, ``root-2``, ``root-3``, ... as far as they exist, oldest first."""
+    numbered = []
+    for folder in root.parent.glob(f"{root.name}-*"):
+        if (number := folder.name.removeprefix(f"{root.name}-")).isdecimal():
+            numbered.append((int(number), folder))
+    return [root, *(folder for _, folder in sorted(numbered))] if root.exists() else [f for _, f in sorted(numbered)]
+
+
+def is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def new_run_folder(root: Path, overwrite: bool) -> Path:
+    """``root`` if it is free or may be overwritten, else the first free ``root-<n>``.
+
+    Only a folder that looks like a run (it has a config.yaml) may be overwritten.
+    """
+    if is_free(root):
+        return root
+    if overwrite:
+        if not (root / "config.yaml").is_file():
+            raise UserError(
+                f"--overwrite: {root} is not the folder of a run (it has no config.yaml); remove it yourself."
+            )
+        return root
+    number = 2
+    while (folder := root.with_name(f"{root.name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
+    """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named."""
+    if ckpt_path != "last":
+        file = Path(ckpt_path)
+        if file.is_dir():
+            file = file / "checkpoints" / "last.ckpt"
+        if not file.is_file():
+            raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
+        folder = file.parent.parent if file.parent.name == "checkpoints" else root
+        return folder, file
+    for folder in reversed(run_family(root)):
+        if (file := folder / "checkpoints" / "last.ckpt").is_file():
+            return folder, file
+    raise UserError(f"--ckpt_path last: no run at {root} has saved a checkpoint yet.")

@@ -1,0 +1,72 @@
+"""Precision, compilation and several processes: each overlay trains, and several processes train what one would."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet import load_checkpoint
+from bitnet.checkpoint import read_checkpoint
+
+from ..conftest import ROOT, tiny_options
+
+
+def test_bf16_keeps_float32_weights_and_an_exact_forward(stories, tmp_path, run_fit) -> None:
+    run_fit(
+        stories, tmp_path / "run", "--trainer.precision=bf16-mixed", "--trainer.max_steps=20", "--model.optim.lr=1e-2"
+    )
+    state = read_checkpoint(tmp_path / "run")["state_dict"]
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())["figures"]
+    assert figures["val/loss"] < 5.2
+
+
+def test_masked_documents_and_late_four_bits_train(stories, tmp_path, run_fit) -> None:
+    run_fit(stories, tmp_path / "run", "--data.mask_documents=true", "--model.recipe.act4_from=0.5")
+    model, _ = load_checkpoint(tmp_path / "run")
+    assert model.layers[0].attention.wq.act_bits == 4 and model.layers[0].attention.wo.act_bits == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_blocks_train_like_eager_ones(stories, tmp_path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        options = [f"--model.compile={compiled}", "--model.config.dropout=0", "--trainer.max_steps=10"]
+        command([*tiny_options(stories, folder), *options], TORCHDYNAMO_DISABLE="0")
+        losses.append(json.loads((folder / "summary.json").read_text())["figures"]["val/loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
+def command(arguments: list[str], **environment: str) -> None:
+    """train.py in a process of its own, as a user would call it."""
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_would(stories, tmp_path: Path, overlay) -> None:
+    """Two ranks of 2 rows see the rows of one process of 4; only the order of float sums differs."""
+    same = ["--model.config.dropout=0", "--trainer.max_steps=6", "--trainer.val_check_interval=6"]
+    command([*tiny_options(stories, tmp_path / "one"), *same])
+    two = ["--config", f"overlays/{overlay}", "--trainer.devices=2", "--data.batch_size=2"]
+    command([*tiny_options(stories, tmp_path / "two"), *same, *two])
+    one, other = (read_checkpoint(tmp_path / n)["state_dict"] for n in ("one", "two"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=2e-4)
+    figures = [json.loads((tmp_path / n / "summary.json").read_text())["figures"] for n in ("one", "two")]
+    assert figures[1]["val/loss"] == pytest.approx(figures[0]["val/loss"], abs=2e-3)
