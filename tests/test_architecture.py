@@ -77,7 +77,7 @@ raise SystemExit(code)
 
 
 def test_a_cpu_run_needs_no_network_no_cuda_and_no_triton(stories, tmp_path) -> None:
-    """Triton is hidden: the run does without, and nothing but torch itself looks for it (Lightning loads its dynamo)."""
+    """Triton is hidden: the run does without, and only torch itself looks for it (Lightning loads its dynamo)."""
     options = ["fit", "--config", "overlays/smoke", f"--data.path={stories}", "--trainer.accelerator=cpu"]
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     run("-c", TRAIN, *options, f"--trainer.default_root_dir={tmp_path / 'run'}", PYTHONPATH=path)

@@ -18,11 +18,13 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from bitnet.estimate import flops_per_token
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.layers import BitLinear
+from bitnet.quantizers import WEIGHT_QUANTIZERS
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import RunProgress
 from bitnet.training.report import RunReport, text_image
@@ -149,10 +151,16 @@ class QuantMetrics(Callback):
 
     @staticmethod
     def quantized(pl_module: LitBitNet) -> dict[str, Tensor]:
-        """int8 weights by layer name."""
-        modules = pl_module.transformer.named_modules()
-        layers = ((n, m) for n, m in modules if isinstance(m, BitLinear) and m.weight_kind != "none")
-        return {name: layer.quantized_weight()[0] for name, layer in layers}
+        """int8 weights by layer name; sharded ones are gathered, so every rank must call this."""
+        layers = {
+            name: module
+            for name, module in pl_module.transformer.named_modules()
+            if isinstance(module, BitLinear) and module.weight_kind != "none"
+        }
+        if isinstance(pl_module.trainer.strategy, ModelParallelStrategy):
+            full = {name: layer.weight.full_tensor() for name, layer in layers.items()}  # type: ignore[operator]
+            return {n: WEIGHT_QUANTIZERS[layers[n].weight_kind](w)[0].to(torch.int8) for n, w in full.items()}
+        return {name: layer.quantized_weight()[0] for name, layer in layers.items()}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: LitBitNet, optimizer: Any) -> None:  # type: ignore[override]
         if is_log_step(trainer, trainer.global_step + 1):
@@ -171,8 +179,9 @@ class QuantMetrics(Callback):
         self._before = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
+        quantized = self.quantized(pl_module)
         if writer := tensorboard(trainer):
-            for name, q in self.quantized(pl_module).items():
+            for name, q in quantized.items():
                 writer.add_histogram(f"weights/{name}", q, trainer.global_step, bins=[-1.5, -0.5, 0.5, 1.5])
 
 
