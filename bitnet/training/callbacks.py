@@ -158,7 +158,7 @@ class QuantMetrics(Callback):
             if isinstance(module, BitLinear) and module.weight_kind != "none"
         }
         if isinstance(pl_module.trainer.strategy, ModelParallelStrategy):
-            full = {name: layer.weight.full_tensor() for name, layer in layers.items()}  # type: ignore[operator]
+            full = {name: layer.weight.full_tensor() for name, layer in layers.items()}  # type: ignore[attr-defined]
             return {n: WEIGHT_QUANTIZERS[layers[n].weight_kind](w)[0].to(torch.int8) for n, w in full.items()}
         return {name: layer.quantized_weight()[0] for name, layer in layers.items()}
 
