@@ -182,10 +182,14 @@ def test_tensorboard_tags(finished_run) -> None:
     tags = events.Tags()
     assert {
         *("train/loss", "val/loss", "val/bpb", "quant/zero_fraction", "quant/flip_rate", "perf/tokens_per_s"),
-        *("perf/flops_per_s", "optim/lr", "optim/weight_decay", "optim/grad_norm"),
+        *("perf/flops_per_s", "train/lr", "train/weight_decay", "train/grad_norm"),
     } <= set(tags["scalars"])
     assert sum(t.startswith("weights/") for t in tags["histograms"]) == 14
-    assert "samples/text" in tags["images"] and "samples/text/text_summary" in tags["tensors"]
+    overview = {t for t in tags["scalars"] if t.startswith("overview/")}
+    assert len(overview) == 6 and "overview/sample_text" in tags["images"]
+    groups = sorted({t.partition("/")[0] for kind in ("scalars", "images", "histograms") for t in tags[kind]})
+    assert groups[0] == "overview"  # TensorBoard opens the first two groups by name
+    assert "samples/text/text_summary" in tags["tensors"]
     assert [e.step for e in events.Scalars("val/loss")] == [6, 12, 18, 24, 30]
     assert all(0 < e.value < 0.2 for e in events.Scalars("quant/flip_rate")[2:])
     assert all(0.2 < e.value < 0.4 for e in events.Scalars("quant/zero_fraction"))

@@ -12,7 +12,8 @@ from torch import Tensor
 from bitnet.data import streaming as stream
 from bitnet.data.corpora import BUILTIN, DocumentList, Reading, open_corpus
 from bitnet.data.loader import EvalLoader, TrainLoader, row_count
-from bitnet.data.tokens import Progress, Splitting, TokenStore, document_ids, is_token_folder, prepare
+from bitnet.data.prepare import Progress, Splitting, prepare
+from bitnet.data.tokens import TokenStore, document_ids, is_token_folder
 from bitnet.errors import UserError
 
 

@@ -1,8 +1,8 @@
 """What happens around the training steps: random state, figures for TensorBoard, sample text, checkpoints.
 
 Tags: ``train/loss``, ``train/bpb``, ``val/loss``, ``val/bpb``, ``quant/zero_fraction``, ``quant/flip_rate``,
-``perf/tokens_per_s``, ``perf/flops_per_s``, ``perf/peak_share`` (where the peak is known), ``optim/lr``,
-``optim/weight_decay``, ``optim/grad_norm``, histograms ``weights/<layer>`` and ``samples/text``. The step axis counts
+``perf/tokens_per_s``, ``perf/flops_per_s``, ``perf/peak_share`` (where the peak is known), ``train/lr``,
+``train/weight_decay``, ``train/grad_norm``, histograms ``weights/<layer>`` and ``samples/text``. The step axis counts
 optimizer steps.
 """
 
@@ -27,7 +27,8 @@ from bitnet.layers import BitLinear
 from bitnet.quantizers import WEIGHT_QUANTIZERS
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import RunProgress
-from bitnet.training.report import RunReport, text_image
+from bitnet.training.report import RunReport
+from bitnet.training.tensorboard import CUSTOM_SCALARS, SAMPLE, text_image
 
 
 def tensorboard(trainer: L.Trainer) -> Any | None:
@@ -94,14 +95,7 @@ class TrainingMetrics(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
         if writer := tensorboard(trainer):
-            charts = {
-                "loss": ["Multiline", ["train/loss", "val/loss"]],
-                "bits per byte": ["Multiline", ["train/bpb", "val/bpb"]],
-                "zero fraction": ["Multiline", ["quant/zero_fraction"]],
-                "flip rate": ["Multiline", ["quant/flip_rate"]],
-                "tokens per second": ["Multiline", ["perf/tokens_per_s"]],
-            }
-            writer.add_custom_scalars({"run": charts})
+            writer.add_custom_scalars(CUSTOM_SCALARS)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -127,9 +121,9 @@ class TrainingMetrics(Callback):
         metrics = {
             "train/loss": loss,
             "train/bpb": loss / math.log(2) / pl_module.data.tokens.bytes_per_token(),
-            "optim/lr": group["lr"],
-            "optim/weight_decay": group["weight_decay"],
-            "optim/grad_norm": self._grad_norm,
+            "train/lr": group["lr"],
+            "train/weight_decay": group["weight_decay"],
+            "train/grad_norm": self._grad_norm,
             "perf/tokens_per_s": tokens_per_s,
             "perf/flops_per_s": flops,
         }
@@ -211,7 +205,7 @@ class SampleText(Callback):
         if writer := tensorboard(trainer):
             step = trainer.global_step
             writer.add_text("samples/text", f"**{start}**{text.removeprefix(start)}", step)
-            writer.add_image("samples/text", text_image(text, f"step {step}"), step, dataformats="HWC")
+            writer.add_image(SAMPLE, text_image(text, f"step {step}"), step, dataformats="HWC")
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -19,7 +19,6 @@ import jsonargparse
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from bitnet.checkpoint import check_fits, read_checkpoint
 from bitnet.config import ModelConfig, OptimConfig
@@ -32,6 +31,7 @@ from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import PreparationProgress
 from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
 from bitnet.training.shipped import find_config
+from bitnet.training.tensorboard import RunLogger
 
 DEFAULT_CONFIG = "tiny"
 
@@ -150,7 +150,7 @@ class FitCLI(LightningCLI):
             self.run_folder = new_run_folder(self.run_folder, config.overwrite)
         kwargs["default_root_dir"] = str(self.run_folder)
         if config.trainer.logger is True:
-            kwargs["logger"] = TensorBoardLogger(self.run_folder, name="", version="")
+            kwargs["logger"] = RunLogger(self.run_folder, name="", version="")
         own = config.trainer.plugins or []
         kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
         try:

@@ -18,26 +18,6 @@ from bitnet.layers import BitLinear
 Curve = list[tuple[int, float]]
 
 
-def text_image(text: str, title: str) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Text as a picture (H, W, 3), since TensorBoard's first page shows pictures but no text."""
-    import textwrap
-    import warnings
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    printable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-    lines = [part for line in printable.splitlines() for part in (textwrap.wrap(line, 62) or [""])][:16]
-    figure = Figure(figsize=(6.4, 3.6), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    body = "\n".join(lines).replace("$", r"\$")
-    figure.text(0.02, 0.97, f"{title}\n{body}", family="monospace", fontsize=9, va="top")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a young model writes characters that no font has
-        canvas.draw()  # type: ignore[no-untyped-call]
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
-
-
 def read_curves(folder: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
     """Scalars of a run from its TensorBoard events; after a resume, the later value of a step counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

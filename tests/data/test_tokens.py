@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bitnet.data.corpora import Reading, open_corpus
+from bitnet.data.prepare import Splitting, validation_documents
 from bitnet.data.tokenizer import EOS, find_eos, pieces, token_byte_lengths, train_tokenizer
-from bitnet.data.tokens import Splitting, document_ids, validation_documents, validation_rows
+from bitnet.data.tokens import document_ids, validation_rows
 from bitnet.errors import UserError
 from bitnet.loss import IGNORE
 
@@ -136,13 +137,13 @@ def test_cache_is_keyed_by_content_tokenizer_and_settings(tmp_path, run_prepare)
 
 
 def test_interrupted_preparation_leaves_nothing_to_be_found(stories, tmp_path, run_prepare, monkeypatch) -> None:
-    import bitnet.data.tokens as tokens
+    import bitnet.data.prepare as preparation
 
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        tokens.json, "dumps", lambda *a, real=json.dumps, **k: fail() if "indent" in k else real(*a, **k)
+        preparation.json, "dumps", lambda *a, real=json.dumps, **k: fail() if "indent" in k else real(*a, **k)
     )
     with pytest.raises(KeyboardInterrupt):
         run_prepare(stories)

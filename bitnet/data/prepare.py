@@ -1,0 +1,210 @@
+"""From corpora to a token folder: hold text out, train a tokenizer, tokenize in parallel, once for each content.
+
+The folder is named after a hash of all that decides its content, and appears under that name only when it is complete:
+a folder that exists can be used, and cannot be stale.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer
+
+from bitnet.data.corpora import Corpus, DocumentList, Reading, python_version
+from bitnet.data.tokenizer import find_eos, load_tokenizer, pieces, train_tokenizer
+from bitnet.data.tokens import FORMAT, TokenStore, Totals
+from bitnet.errors import UserError
+
+BATCH_BYTES = 4 << 20
+TOKENIZER_BYTES = 64 << 20
+"""Text from which a tokenizer is trained, at most."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a label, bytes done and bytes in total."""
+
+
+AnyCorpus = Corpus | DocumentList
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splitting:
+    """Which documents are held out for validation."""
+
+    val_fraction: float = 0.05
+    """Fraction of the text that is held out."""
+    val_split: str = "random"
+    """random: whole documents drawn with the seed; last: the end of the text."""
+    seed: int = 0
+
+
+def validation_documents(sizes: list[int], splitting: Splitting) -> set[int]:
+    """Indices of the documents to hold out: at least one, never all, about ``val_fraction`` of the bytes."""
+    order = list(range(len(sizes)))
+    if splitting.val_split == "random":
+        random.Random(splitting.seed).shuffle(order)
+    else:
+        order.reverse()
+    wanted, chosen, held = splitting.val_fraction * sum(sizes), set[int](), 0
+    for index in order[: len(order) - 1]:
+        if chosen and held + sizes[index] / 2 > wanted:
+            break
+        chosen.add(index)
+        held += sizes[index]
+    return chosen
+
+
+def split_single(document: str, fraction: float) -> tuple[str, str]:
+    """Cut one document into its beginning and its end, at a line break where there is one near."""
+    cut = max(1, min(len(document) - 1, round(len(document) * (1 - fraction))))
+    line = document.rfind("\n", 0, cut) + 1
+    cut = line if line > cut // 2 else cut
+    return document[:cut], document[cut:]
+
+
+def _documents(corpora: list[AnyCorpus], splitting: Splitting | None) -> Iterator[tuple[str, str]]:
+    """``(name of the .bin file, document)`` for all documents, in order."""
+    sizes = [len(d.encode()) for corpus in corpora for d in corpus]
+    if not sizes:
+        raise UserError(f"{', '.join(c.path for c in corpora)}: no text in it.")
+    held: set[int] = set()
+    if splitting is not None and len(sizes) > 1:
+        held = validation_documents(sizes, splitting)
+    index = 0
+    for i, corpus in enumerate(corpora):
+        for document in corpus:
+            if splitting is not None and len(sizes) == 1:
+                begin, end = split_single(document, splitting.val_fraction)
+                yield f"train-{i}", begin
+                yield "val", end
+            else:
+                yield ("val" if index in held else f"train-{i}"), document
+            index += 1
+
+
+class _Writer:
+    """Tokenizes documents in parallel batches and appends their ids to the .bin files."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, eos_id: int, dtype: np.dtype[Any]) -> None:
+        self.folder, self.tokenizer, self.eos_id, self.dtype = folder, tokenizer, eos_id, dtype
+        self.totals: dict[str, Totals] = {}
+        self._pending: list[tuple[str, str]] = []
+        self._pending_bytes = 0
+
+    def add(self, name: str, document: str) -> None:
+        self._pending.append((name, document))
+        self._pending_bytes += len(document)
+        if self._pending_bytes >= BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        parts = [(n, list(pieces(document))) for n, (_, document) in enumerate(self._pending)]
+        flat = [piece for _, ps in parts for piece in ps]
+        encoded = iter(self.tokenizer.encode_batch(flat, add_special_tokens=False))
+        for (name, document), (_, ps) in zip(self._pending, parts, strict=True):
+            ids = [i for _ in ps for i in next(encoded).ids]
+            ids.append(self.eos_id)
+            with (self.folder / f"{name}.bin").open("ab") as file:
+                file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+            old = self.totals.get(name, Totals())
+            self.totals[name] = Totals(
+                documents=old.documents + 1,
+                tokens=old.tokens + len(ids),
+                text_bytes=old.text_bytes + len(document.encode()),
+            )
+        self._pending, self._pending_bytes = [], 0
+
+
+def _sample(documents: Iterable[tuple[str, str]], limit: int = TOKENIZER_BYTES) -> Iterator[str]:
+    """Training documents up to ``limit`` characters: the tokenizer never sees what is held out."""
+    used = 0
+    for name, document in documents:
+        if name != "val" and used < limit:
+            used += len(document)
+            yield document
+
+
+def prepare(
+    train: list[AnyCorpus],
+    val: list[AnyCorpus],
+    reading: Reading,
+    splitting: Splitting,
+    tokenizer_path: str | None,
+    vocab_size: int,
+    eos_token: str | None,
+    cache_dir: Path,
+    progress: Progress | None = None,
+) -> TokenStore:
+    """The token folder for these corpora and settings: from the cache when it is there, else made now.
+
+    Without ``val`` corpora, ``splitting`` decides what is held out of ``train``.
+    """
+    report = progress or (lambda label, done, total: None)
+    report("reading text", 0, 0)
+    given = load_tokenizer(tokenizer_path) if tokenizer_path else None
+    settings = {
+        "format": FORMAT,
+        "sources": [c.fingerprint() for c in train],
+        "val_sources": [c.fingerprint() for c in val],
+        "reading": asdict(reading),
+        "splitting": None if val else asdict(splitting),
+        "tokenizer": hashlib.sha256(given.to_str().encode()).hexdigest() if given else f"bpe-{vocab_size}",
+        "eos_token": eos_token,
+        "tokenizers": tokenizers.__version__,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    folder = cache_dir / key
+    if folder.is_dir():
+        report("tokens from the cache", 1, 1)
+        return TokenStore(folder)
+
+    def documents() -> Iterator[tuple[str, str]]:
+        yield from _documents(train, None if val else splitting)
+        yield from (("val", d) for corpus in val for d in corpus)
+
+    report("training the tokenizer", 0, 0)
+    tokenizer = given or train_tokenizer(_sample(documents()), vocab_size)
+    eos_id = find_eos(tokenizer, eos_token)
+    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache_dir))
+    try:
+        writer = _Writer(partial, tokenizer, eos_id, dtype)
+        total, done = sum(len(d.encode()) for _, d in documents()), 0
+        for name, document in documents():
+            writer.add(name, document)
+            done += len(document.encode())
+            report("tokenizing", done, total)
+        writer.flush()
+        if "val" not in writer.totals:
+            raise UserError(f"{', '.join(c.path for c in val or train)}: no text to validate on; give data.val_path.")
+        meta = {
+            "format": FORMAT,
+            "dtype": dtype.str,
+            "eos_id": eos_id,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "train": [asdict(writer.totals.get(f"train-{i}", Totals())) for i in range(len(train))],
+            "val": asdict(writer.totals["val"]),
+            "paths": [c.path for c in train],
+            "val_paths": [c.path for c in val],
+            "settings": settings,
+            "python": python_version(),
+        }
+        tokenizer.save(str(partial / "tokenizer.json"))
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return TokenStore(folder)
