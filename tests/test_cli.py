@@ -197,6 +197,18 @@ def test_tensorboard_tags(finished_run) -> None:
     assert losses[-1] < losses[0] - 1.0
 
 
+@pytest.mark.parametrize("steps", [3, 8])
+def test_a_run_ends_with_a_validation_whatever_the_interval(tmp_path, stories, run_fit, steps) -> None:
+    run_fit(stories, tmp_path / "run", f"--trainer.max_steps={steps}")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "val/bpb" in summary["figures"] and (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("val/bpb")] == ([3] if steps == 3 else [6, 8])
+
+
 def test_generate_and_evaluate_a_run(finished_run, stories, capsys) -> None:
     assert bitnet(["generate", str(finished_run), "--prompt", "The small", "--max_new_tokens", "8", "--seed", "3"]) == 0
     first = capsys.readouterr().out

@@ -156,6 +156,10 @@ class LitBitNet(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.recipe.loss(self.transformer, batch)
 
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self.global_step >= self.total_steps:
+            self.trainer.should_stop = True  # the run ends here anyway; this makes Lightning validate once more
+
     # ---- validation
 
     def on_validation_epoch_start(self) -> None:
