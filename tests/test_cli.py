@@ -197,6 +197,21 @@ def test_tensorboard_tags(finished_run) -> None:
     assert losses[-1] < losses[0] - 1.0
 
 
+def test_several_paths_with_weights(tmp_path, stories, run_fit) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(stories.read_text().upper())
+    run_fit(
+        stories, tmp_path / "run", "--trainer.max_steps=2", f"--data.path=[{stories},{other}]", "--data.weights=[1,3]"
+    )
+    data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
+    assert data["paths"] == [str(stories), str(other)] and len(data["train"]) == 2
+
+
+def test_a_config_without_callbacks_still_leaves_a_checkpoint(tmp_path, stories, run_fit) -> None:
+    run_fit(stories, tmp_path / "run", "--trainer.max_steps=2", "--trainer.callbacks=null")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
 @pytest.mark.parametrize("steps", [3, 8])
 def test_a_run_ends_with_a_validation_whatever_the_interval(tmp_path, stories, run_fit, steps) -> None:
     run_fit(stories, tmp_path / "run", f"--trainer.max_steps={steps}")

@@ -53,10 +53,10 @@ class TokenDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        path: str | list[str] = BUILTIN,
+        path: list[str] | str = BUILTIN,
         *,
         weights: list[float] | None = None,
-        val_path: str | list[str] | None = None,
+        val_path: list[str] | str | None = None,
         val_fraction: float = 0.05,
         val_split: Literal["random", "last"] = "random",
         separator: str = "<|endoftext|>",

@@ -227,7 +227,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def default_callbacks() -> list[Callback]:
-    """Present in every run; a config adds others, or replaces ``LastCheckpoint`` to save at another pace."""
+    """Present in every run; a config adds others. ``LastCheckpoint`` joins them unless a config sets its pace."""
     return [
         RandomState(),
         RunProgress(),

@@ -26,7 +26,7 @@ from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError, did_you_mean
 from bitnet.recipes import RECIPES, BitNet, Recipe
 from bitnet.training.atomic import AtomicCheckpointIO, remove_partial_files
-from bitnet.training.callbacks import default_callbacks
+from bitnet.training.callbacks import LastCheckpoint, default_callbacks
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import PreparationProgress
 from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
@@ -153,6 +153,9 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = RunLogger(self.run_folder, name="", version="")
         own = config.trainer.plugins or []
         kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
+        callbacks = self.config_init.fit.trainer.callbacks or []
+        if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, LastCheckpoint()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:

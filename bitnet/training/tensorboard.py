@@ -48,8 +48,8 @@ def text_image(text: str, title: str) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     from matplotlib.figure import Figure
 
     printable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-    lines = [part for line in printable.splitlines() for part in (textwrap.wrap(line, 62) or [""])][:16]
-    figure = Figure(figsize=(6.4, 3.6), dpi=100)
+    lines = [part for line in printable.splitlines() for part in (textwrap.wrap(line, 46) or [""])][:16]
+    figure = Figure(figsize=(4.2, 3.0), dpi=120)
     canvas = FigureCanvasAgg(figure)
     body = "\n".join(lines).replace("$", r"\$")
     figure.text(0.02, 0.97, f"{title}\n\n{body}", family="monospace", fontsize=10, va="top")

@@ -32,6 +32,25 @@ def test_masked_documents_and_late_four_bits_train(stories, tmp_path, run_fit) -
     assert model.layers[0].attention.wq.act_bits == 4 and model.layers[0].attention.wo.act_bits == 8
 
 
+def test_parts_work_with_a_plain_trainer(stories, tmp_path) -> None:
+    """Without our command line: Lightning's own Trainer, its own checkpoint, our load_checkpoint."""
+    import lightning
+
+    from bitnet import BitNet, LitBitNet, ModelConfig, TokenDataModule
+
+    trainer = lightning.Trainer(
+        max_steps=3, logger=False, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False
+    )
+    config = ModelConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=48, max_seq_len=32)
+    module = LitBitNet(config, BitNet(weight="binary"))
+    trainer.fit(module, datamodule=TokenDataModule(str(stories), vocab_size=300, seq_len=32, batch_size=2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    model, tokenizer = load_checkpoint(tmp_path / "a.ckpt")
+    ids = torch.tensor([tokenizer.encode("The small dog").ids])
+    with torch.no_grad():
+        assert torch.equal(model(ids), module.transformer.eval()(ids))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_train_like_eager_ones(stories, tmp_path) -> None:
