@@ -88,8 +88,8 @@ def training_memory(
     compute = 2 if bf16 else 4
     quantized = weight != "none" and act_bits != "none"
     dim, ffn, kv_dim = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
-    # int8 inputs of wq wk wv wo w1 w3 w2 are kept by each layer; float inputs of wq wk wv, and w1 w3, are shared.
-    linear_inputs = 6 * dim + ffn if quantized else compute * (3 * dim + ffn)
+    # The input of wq wk wv, and that of w1 w3, is kept once: as int8, or as it is.
+    linear_inputs = (1 if quantized else compute) * (3 * dim + ffn)
     normed = 2 * dim + (dim + ffn if config.sub_norm else 0)
     norms = 2 * 4 * normed  # the input and the normalised input, both float32
     attention = compute * (

@@ -139,6 +139,30 @@ def test_saved_activations_are_int8() -> None:
     assert [t.dtype for t in big] == [torch.int8]
 
 
+def test_layers_that_read_the_same_tensor_quantize_it_once(monkeypatch) -> None:
+    calls = []
+    quantizer = ACTIVATION_QUANTIZERS[8]
+    monkeypatch.setitem(ACTIVATION_QUANTIZERS, 8, lambda x: calls.append(1) or quantizer(x))
+    layers = [make("ternary", seed=i) for i in range(3)]
+    four_bits = make("ternary", 4)
+    x = torch.randn(2, 5, 96, requires_grad=True) * 1.0  # an intermediate result, as the output of a norm is
+    outputs = [layer(x) for layer in layers]
+    assert len(calls) == 1
+    four_bits(x)
+    assert torch.equal(layers[0](x), outputs[0])  # four bits had taken the place
+    assert len(calls) == 2
+    with torch.no_grad():
+        x.mul_(2.0)  # written to in place: what was kept is no longer right
+    changed = layers[0](x)
+    assert len(calls) == 3
+    monkeypatch.undo()
+    assert torch.equal(changed, int32_reference(layers[0], x))
+    assert all(torch.equal(y, int32_reference(layer, x / 2)) for y, layer in zip(outputs, layers, strict=True))
+    leaf = torch.randn(2, 96)
+    layers[0](leaf)
+    assert vars(leaf) == {}
+
+
 def test_float_layer_and_one_sided_quantization() -> None:
     x = torch.randn(4, 96)
     torch.testing.assert_close(make("none", "none")(x), F.linear(x, make("none", "none").weight))

@@ -12,13 +12,13 @@ with identity gradients: ``dx = dy @ (w_q / s_w)`` and ``dw = dy.T @ (x_q / s_x)
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Quantizer, fake_quantize, straight_through
+from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, fake_quantize, straight_through
 
 WeightKind = Literal["ternary", "binary", "none"]
 ActBits = Literal[8, 4, "none"]
@@ -53,24 +53,45 @@ def integer_matmul(x: Tensor, w: Tensor) -> Tensor:
             return torch.mm(x, w.t())
 
 
+class _Rows(NamedTuple):
+    """Quantized activations: float32 ``q`` (M, K) holding integers, the same as int8, and ``inv_scale`` (M, 1)."""
+
+    q: Tensor
+    q_int8: Tensor
+    inv_scale: Tensor
+
+
+def _quantize_rows(x: Tensor, bits: int) -> _Rows:
+    """Quantize the activations (..., K) of a layer, once for all layers that read the same tensor.
+
+    wq, wk and wv do, and so do w1 and w3. The result is kept on the tensor itself, so it lives no longer than that, and
+    is made again when the tensor has been written to. Only intermediate results of a training forward are touched so.
+    """
+    keep = x.grad_fn is not None and not torch.compiler.is_compiling()
+    key = (bits, x._version) if keep else None
+    kept = getattr(x, "_bitnet_rows", None) if keep else None
+    if kept is not None and kept[0] == key:
+        rows: _Rows = kept[1]
+        return rows
+    q, inv_scale = ACTIVATION_QUANTIZERS[bits](x)
+    q = q.reshape(-1, x.shape[-1])
+    rows = _Rows(q, q.to(torch.int8), inv_scale.reshape(-1, 1))
+    if keep:
+        x._bitnet_rows = (key, rows)  # type: ignore[attr-defined]
+    return rows
+
+
 class _BitLinearFunction(torch.autograd.Function):
-    """x (M, K), weight (N, K), w_q int8 (N, K), w_inv_scale () -> y (M, N) in ``dtype``."""
+    """x (M, K), weight (N, K), their quantized forms, w_q as int8 (N, K) -> y (M, N) in ``dtype``."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        w_q: Tensor,
-        w_inv_scale: Tensor,
-        quantize: Quantizer,
-        dtype: torch.dtype,
+        ctx: Any, x: Tensor, weight: Tensor, rows: _Rows, w_q: Tensor, w_inv_scale: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        x_q, x_inv_scale = quantize(x)
-        ctx.save_for_backward(x_q.to(torch.int8), x_inv_scale, w_q, w_inv_scale)
+        ctx.save_for_backward(rows.q_int8, rows.inv_scale, w_q, w_inv_scale)
         ctx.input_dtypes = x.dtype, weight.dtype
-        y = integer_matmul(x_q, w_q.float())
-        return y.div_(x_inv_scale * w_inv_scale).to(dtype)
+        y = integer_matmul(rows.q, w_q.float())
+        return y.div_(rows.inv_scale * w_inv_scale).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
@@ -164,9 +185,9 @@ class BitLinear(nn.Linear):
         w_q, w_inv_scale = self.quantized_weight()
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        quantizer = ACTIVATION_QUANTIZERS[self.act_bits]
-        rows = x.reshape(-1, self.in_features)
-        y: Tensor = _BitLinearFunction.apply(rows, self.weight, w_q, w_inv_scale, quantizer, dtype)  # type: ignore[no-untyped-call]
+        rows = _quantize_rows(x, self.act_bits)
+        flat = x.reshape(-1, self.in_features)
+        y: Tensor = _BitLinearFunction.apply(flat, self.weight, rows, w_q, w_inv_scale, dtype)  # type: ignore[no-untyped-call]
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
