@@ -52,6 +52,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Loss, perplexity and bits per byte on held-out text."""
     import json
 
+    from rich.console import Console
     from rich.progress import Progress
 
     from bitnet.checkpoint import load_checkpoint
@@ -60,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     model, tokenizer = load_checkpoint(args.path)
     reading = Reading(text_key=args.text_key, separator=args.separator)
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("evaluating", total=None)
         result = evaluate_text(
             model,
