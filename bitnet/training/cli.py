@@ -17,8 +17,12 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 import jsonargparse
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from bitnet.training.without_triton import triton_unseen_without_gpu
+
+with triton_unseen_without_gpu():
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bitnet.checkpoint import check_fits, read_checkpoint
 from bitnet.config import ModelConfig, OptimConfig
