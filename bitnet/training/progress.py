@@ -141,7 +141,8 @@ class RunProgress(ProgressBar):
     def _figures(self, trainer: L.Trainer, pl_module: Any, loss: float) -> str:
         loss *= trainer.accumulate_grad_batches
         bpb = loss / math.log(2) / pl_module.data.tokens.bytes_per_token()
-        return f"loss {loss:.3f}  bpb {bpb:.3f}  {self.tokens_per_second():,.0f} tokens/s"
+        speed = self.tokens_per_second()
+        return f"loss {loss:.3f}  bpb {bpb:.3f}  {'-' if math.isnan(speed) else f'{speed:,.0f}'} tokens/s"
 
     def _seconds_left(self, step: int, total: int) -> str:
         if len(self._window) < 2:
