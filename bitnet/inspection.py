@@ -16,7 +16,7 @@ from bitnet.estimate import (
     packed_bytes,
     training_memory,
 )
-from bitnet.layers import BitLinear
+from bitnet.layers import level_shares, low_bit_layers
 from bitnet.training.cli import parse_config
 
 
@@ -95,10 +95,9 @@ def inspect_run(path: Path) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("layer", "shape", "-1", "0", "+1", "1 / inv_scale"):
         table.add_column(column, justify="left" if column == "layer" else "right")
-    for name, module in model.named_modules():
-        if isinstance(module, BitLinear) and module.weight_kind != "none":
-            q, inv_scale = module.quantized_weight()
-            shares = [f"{float((q == value).float().mean()):.1%}" for value in (-1, 0, 1)]
-            table.add_row(name, f"{q.shape[0]} x {q.shape[1]}", *shares, f"{1 / float(inv_scale):.5f}")
+    for name, layer in low_bit_layers(model).items():
+        q, inv_scale = layer.quantized_weight()
+        shares = [f"{share:.1%}" for share in level_shares(q)]
+        table.add_row(name, f"{q.shape[0]} x {q.shape[1]}", *shares, f"{1 / float(inv_scale):.5f}")
     if table.row_count:
         Console(highlight=False, width=110).print(table)

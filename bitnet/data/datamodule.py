@@ -91,7 +91,6 @@ class TokenDataModule(L.LightningDataModule):
         self.progress: Progress | None = None
         self.store: TokenStore | None = None
         self._stream_head = 0
-        self._train_loader: TrainLoader | stream.StreamLoader | None = None
 
     # ---- preparing
 
@@ -170,19 +169,17 @@ class TokenDataModule(L.LightningDataModule):
     def train_dataloader(self) -> "TrainLoader | stream.StreamLoader":
         store = self.tokens
         if self.streaming:
-            self._train_loader = self._stream_loader(store)
-        else:
-            files = [store.ids(f"train-{i}") for i in range(store.sources)]
-            loader = TrainLoader(
-                files, self.seq_len, self.batch_size, weights=self.weights, seed=self.seed, **self._ranks()
+            return self._stream_loader(store)
+        files = [store.ids(f"train-{i}") for i in range(store.sources)]
+        loader = TrainLoader(
+            files, self.seq_len, self.batch_size, weights=self.weights, seed=self.seed, **self._ranks()
+        )
+        if len(loader) == 0:
+            raise UserError(
+                f"{loader.rows_per_epoch} rows do not fill one batch of {loader.rows_per_batch} "
+                f"(data.batch_size x {loader.world_size} devices)."
             )
-            if len(loader) == 0:
-                raise UserError(
-                    f"{loader.rows_per_epoch} rows do not fill one batch of {loader.rows_per_batch} "
-                    f"(data.batch_size x {loader.world_size} devices)."
-                )
-            self._train_loader = loader
-        return self._train_loader
+        return loader
 
     def _stream_loader(self, store: TokenStore) -> stream.StreamLoader:
         trainer = self.trainer
@@ -215,8 +212,14 @@ class TokenDataModule(L.LightningDataModule):
     def summary(self) -> dict[str, Any]:
         """Plain values that identify the text: paths, sizes, sha256, Python version."""
         meta = self.tokens.meta
-        keys = ("paths", "val_paths", "train", "val", "vocab_size", "eos_id", "python")
-        return {**{k: meta[k] for k in keys}, "sha256": meta["settings"]["sources"], "folder": str(self.tokens.folder)}
+        return {
+            # As they are called in this run: the cache knows the same text perhaps by another name.
+            "paths": self.paths,
+            "val_paths": self.val_paths,
+            **{key: meta[key] for key in ("train", "val", "vocab_size", "eos_id", "python")},
+            "sha256": meta["settings"]["sources"],
+            "folder": str(self.tokens.folder),
+        }
 
     def save_tokenizer(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -70,19 +70,16 @@ def split_single(document: str, fraction: float) -> tuple[str, str]:
     return document[:cut], document[cut:]
 
 
-def _documents(corpora: list[AnyCorpus], splitting: Splitting | None) -> Iterator[tuple[str, str]]:
-    """``(name of the .bin file, document)`` for all documents, in order."""
-    sizes = [len(d.encode()) for corpus in corpora for d in corpus]
-    if not sizes:
-        raise UserError(f"{', '.join(c.path for c in corpora)}: no text in it.")
-    held: set[int] = set()
-    if splitting is not None and len(sizes) > 1:
-        held = validation_documents(sizes, splitting)
+def _documents(corpora: list[AnyCorpus], held: set[int], cut: float | None) -> Iterator[tuple[str, str]]:
+    """``(name of the .bin file, document)`` for all documents, in order.
+
+    ``held`` are the indices of those to validate on; ``cut`` is the fraction to cut off the end of each document.
+    """
     index = 0
     for i, corpus in enumerate(corpora):
         for document in corpus:
-            if splitting is not None and len(sizes) == 1:
-                begin, end = split_single(document, splitting.val_fraction)
+            if cut is not None:
+                begin, end = split_single(document, cut)
                 yield f"train-{i}", begin
                 yield "val", end
             else:
@@ -106,11 +103,11 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        parts = [(n, list(pieces(document))) for n, (_, document) in enumerate(self._pending)]
-        flat = [piece for _, ps in parts for piece in ps]
+        parts = [list(pieces(document)) for _, document in self._pending]
+        flat = [piece for part in parts for piece in part]
         encoded = iter(self.tokenizer.encode_batch(flat, add_special_tokens=False))
-        for (name, document), (_, ps) in zip(self._pending, parts, strict=True):
-            ids = [i for _ in ps for i in next(encoded).ids]
+        for (name, document), part in zip(self._pending, parts, strict=True):
+            ids = [i for _ in part for i in next(encoded).ids]
             ids.append(self.eos_id)
             with (self.folder / f"{name}.bin").open("ab") as file:
                 file.write(np.asarray(ids, dtype=self.dtype).tobytes())
@@ -127,7 +124,9 @@ def _sample(documents: Iterable[tuple[str, str]], limit: int = TOKENIZER_BYTES) 
     """Training documents up to ``limit`` characters: the tokenizer never sees what is held out."""
     used = 0
     for name, document in documents:
-        if name != "val" and used < limit:
+        if used >= limit:
+            return
+        if name != "val":
             used += len(document)
             yield document
 
@@ -166,8 +165,15 @@ def prepare(
         report("tokens from the cache", 1, 1)
         return TokenStore(folder)
 
+    sizes = [len(d.encode()) for corpus in train for d in corpus]
+    if not sizes:
+        raise UserError(f"{', '.join(c.path for c in train)}: no text in it.")
+    held = set[int]() if val else validation_documents(sizes, splitting)
+    cut = splitting.val_fraction if not val and len(sizes) == 1 else None
+    total = sum(sizes) + sum(len(d.encode()) for corpus in val for d in corpus)
+
     def documents() -> Iterator[tuple[str, str]]:
-        yield from _documents(train, None if val else splitting)
+        yield from _documents(train, held, cut)
         yield from (("val", d) for corpus in val for d in corpus)
 
     report("training the tokenizer", 0, 0)
@@ -178,7 +184,7 @@ def prepare(
     partial = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache_dir))
     try:
         writer = _Writer(partial, tokenizer, eos_id, dtype)
-        total, done = sum(len(d.encode()) for _, d in documents()), 0
+        done = 0
         for name, document in documents():
             writer.add(name, document)
             done += len(document.encode())

@@ -30,7 +30,7 @@ def pieces(document: str, size: int = PIECE) -> Iterator[str]:
     yield document[start:]
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with at most ``vocab_size`` tokens, ``EOS`` being id 0; ``UserError`` if that is below 257."""
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(f"data.vocab_size = {vocab_size}: byte-level BPE needs at least {SMALLEST_VOCAB}.")
@@ -41,7 +41,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, progress: bool = 
         vocab_size=vocab_size,
         special_tokens=[EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=progress,
+        show_progress=False,
     )
     tokenizer.train_from_iterator((p for d in documents for p in pieces(d)), trainer)
     return tokenizer

@@ -207,3 +207,14 @@ class BitLinear(nn.Linear):
 
 def _blend(x: Tensor, quantized: Tensor, warmup: float) -> Tensor:
     return straight_through(quantized if warmup == 1.0 else torch.lerp(x.detach(), quantized, warmup), x)
+
+
+def low_bit_layers(model: nn.Module) -> dict[str, BitLinear]:
+    """The layers of ``model`` whose weights are quantized, by name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+    return {name: layer for name, layer in layers.items() if layer.weight_kind != "none"}
+
+
+def level_shares(q: Tensor) -> list[float]:
+    """Shares of -1, 0 and +1 in a quantized weight."""
+    return [float((q == level).float().mean()) for level in (-1, 0, 1)]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitnet.estimate import flops_per_token
 from bitnet.generate import Sampling, generate_tokens
-from bitnet.layers import BitLinear
+from bitnet.layers import low_bit_layers
 from bitnet.quantizers import WEIGHT_QUANTIZERS
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import RunProgress
@@ -146,11 +146,7 @@ class QuantMetrics(Callback):
     @staticmethod
     def quantized(pl_module: LitBitNet) -> dict[str, Tensor]:
         """int8 weights by layer name; sharded ones are gathered, so every rank must call this."""
-        layers = {
-            name: module
-            for name, module in pl_module.transformer.named_modules()
-            if isinstance(module, BitLinear) and module.weight_kind != "none"
-        }
+        layers = low_bit_layers(pl_module.transformer)
         if isinstance(pl_module.trainer.strategy, ModelParallelStrategy):
             full = {name: layer.weight.full_tensor() for name, layer in layers.items()}  # type: ignore[attr-defined]
             return {n: WEIGHT_QUANTIZERS[layers[n].weight_kind](w)[0].to(torch.int8) for n, w in full.items()}

@@ -197,7 +197,6 @@ def quiet() -> None:
         ".*does not have many workers.*",
         "Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*`_get_pool.*",
         "LightningCLI's args parameter is intended to run.*",
     ):
         warnings.filterwarnings("ignore", message=message)

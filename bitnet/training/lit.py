@@ -12,7 +12,7 @@ from bitnet import checkpoint
 from bitnet.config import ModelConfig, OptimConfig, ScheduleConfig
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError
-from bitnet.layers import BitLinear
+from bitnet.layers import low_bit_layers
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
 from bitnet.recipes import Recipe
@@ -50,7 +50,6 @@ class LitBitNet(L.LightningModule):
         self.recipe, self.optim, self.schedule = recipe, optim, schedule
         self.init_from, self.compile_blocks, self.matmul_precision = init_from, compile, matmul_precision
         self.model: Transformer | None = None
-        self.swapped: list[str] = []
         self._validation = Score()
 
     # ---- building
@@ -86,7 +85,7 @@ class LitBitNet(L.LightningModule):
         model = Transformer(self.config)
         if self.init_from:
             self._load_initial(model, self.init_from)
-        self.swapped = self.recipe.prepare(model)
+        self.recipe.prepare(model)
         self._apply_stage(model)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self._shard(model)
@@ -135,9 +134,8 @@ class LitBitNet(L.LightningModule):
 
     def _hold_quantized(self, hold: bool) -> None:
         """Within a window of gradient accumulation no weight changes, so each is quantized once."""
-        for module in self.transformer.modules():
-            if isinstance(module, BitLinear):
-                module.hold(hold)
+        for layer in low_bit_layers(self.transformer).values():
+            layer.hold(hold)
 
     def configure_gradient_clipping(
         self,

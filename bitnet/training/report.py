@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from bitnet.estimate import count_parameters
-from bitnet.layers import BitLinear
+from bitnet.layers import level_shares, low_bit_layers
 
 Curve = list[tuple[int, float]]
 
@@ -50,11 +50,9 @@ def plot_quantized(model: torch.nn.Module, file: Path) -> None:
     from matplotlib.figure import Figure
 
     names, shares = [], []
-    for name, module in model.named_modules():
-        if isinstance(module, BitLinear) and module.weight_kind != "none":
-            q = module.quantized_weight()[0]
-            names.append(name.removeprefix("layers.").replace("attention.", "").replace("feed_forward.", ""))
-            shares.append([float((q == value).float().mean()) for value in (-1, 0, 1)])
+    for name, layer in low_bit_layers(model).items():
+        names.append(name.removeprefix("layers.").replace("attention.", "").replace("feed_forward.", ""))
+        shares.append(level_shares(layer.quantized_weight()[0]))
     if not names:
         return
     figure = Figure(figsize=(max(6.0, 0.22 * len(names) + 1.5), 4), dpi=120, layout="constrained")

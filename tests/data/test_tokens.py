@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bitnet.data.corpora import Reading, open_corpus
+from bitnet.data.datamodule import TokenDataModule
 from bitnet.data.prepare import Splitting, validation_documents
 from bitnet.data.tokenizer import EOS, find_eos, pieces, token_byte_lengths, train_tokenizer
 from bitnet.data.tokens import document_ids, validation_rows
@@ -113,6 +114,9 @@ def test_cache_is_keyed_by_content_tokenizer_and_settings(tmp_path, run_prepare)
     moved = tmp_path / "b.txt"
     shutil.copy(file, moved)
     assert run_prepare(file).folder == first.folder == run_prepare(moved).folder
+    data = TokenDataModule(str(moved), vocab_size=300, seq_len=16, batch_size=2, cache_dir=str(tmp_path / "cache"))
+    assert data.prepare_tokens().folder == first.folder
+    assert data.summary()["paths"] == [str(moved)]
     before = file.stat()
     file.write_text(story_text(30).replace("dog", "cat"))
     import os
