@@ -1,7 +1,8 @@
 """Pre-train 1-bit and 1.58-bit transformers, and serve exactly what was trained.
 
-``load_checkpoint`` gives the model of a run; ``Transformer``, ``BitLinear``, ``swap_linears`` and ``BitNet`` are the
-parts to build with; ``LitBitNet`` and ``TokenDataModule`` (imported on first use, since they need Lightning) train.
+``load_checkpoint`` gives the model of a run, ``pack`` and ``load_packed`` the packed one, ``generate`` text of either;
+``Transformer``, ``BitLinear``, ``swap_linears`` and ``BitNet`` are the parts to build with; ``LitBitNet`` and
+``TokenDataModule`` (imported on first use, since they need Lightning) train.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,12 @@ from bitnet.config import OptimConfig as OptimConfig
 from bitnet.config import ScheduleConfig as ScheduleConfig
 from bitnet.errors import UserError as UserError
 from bitnet.generate import Sampling as Sampling
+from bitnet.generate import generate as generate
 from bitnet.generate import generate_tokens as generate_tokens
+from bitnet.inference.files import load_model as load_model
+from bitnet.inference.files import load_packed as load_packed
+from bitnet.inference.files import save_packed as save_packed
+from bitnet.inference.packing import pack as pack
 from bitnet.layers import BitLinear as BitLinear
 from bitnet.layers import swap_linears as swap_linears
 from bitnet.model import KVCache as KVCache

@@ -15,7 +15,7 @@ import torch
 
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
-from bitnet.model import Transformer
+from bitnet.model import Transformer, without_memory
 from bitnet.recipes import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
 
     content = read_checkpoint(path)
     config, recipe = build(content["bitnet"])
-    with torch.device("meta"):
+    with without_memory():
         model = Transformer(config)
         recipe.prepare(model)
     missing, unexpected = model.load_state_dict(model_state(content), strict=False, assign=True)

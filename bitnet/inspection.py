@@ -1,5 +1,6 @@
 """What ``bitnet inspect`` prints: the cost of a config before training, the weights of a run after it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,20 @@ from bitnet.estimate import (
     packed_bytes,
     training_memory,
 )
+from bitnet.inference.header import FORMAT_VERSION, read_header
 from bitnet.layers import level_shares, low_bit_layers
-from bitnet.training.cli import parse_config
+
+SHOWN_FIELDS = (
+    "vocab_size",
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "ffn_dim",
+    "max_seq_len",
+    "activation",
+    "sub_norm",
+)
 
 
 def _size(n: float) -> str:
@@ -41,6 +54,8 @@ def _export_facts(config: ModelConfig) -> dict[str, str]:
 
 def inspect_config(name: str, overrides: list[str]) -> None:
     """Print what training and serving this config takes; nothing is trained and no text is read."""
+    from bitnet.training.cli import parse_config  # Lightning takes seconds to import
+
     parsed = parse_config(["--config", name, *overrides])
     config, recipe, data = parsed.model, parsed.recipe, parsed.data
     weight: str = getattr(recipe, "weight", "none")
@@ -101,3 +116,33 @@ def inspect_run(path: Path) -> None:
         table.add_row(name, f"{q.shape[0]} x {q.shape[1]}", *shares, f"{1 / float(inv_scale):.5f}")
     if table.row_count:
         Console(highlight=False, width=110).print(table)
+
+
+def print_packed(path: Path) -> None:
+    """Print what a packed model file holds, from its header alone."""
+    packed = read_header(path)
+    counts = count_parameters(packed.config)
+    by_format: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for name, (_, _, nbytes) in packed.tensors.items():
+        role = "scales and norms"
+        if name.endswith(".packed"):
+            form = packed.forms[name.removesuffix(".packed")][0]
+            by_format[form] = by_format.get(form, 0) + 1
+            role = f"packed weights ({form})"
+        elif name.startswith(("tok_embeddings", "lm_head")):
+            role = f"embedding and head ({packed.head}, {'tied' if packed.config.tie_embeddings else 'untied'})"
+        sizes[role] = sizes.get(role, 0) + nbytes
+    act_bits = sorted({str(bits) for _, bits in packed.forms.values()})
+    facts = {
+        "format": f"packed model, version {FORMAT_VERSION}",
+        "file": _size(packed.size),
+        **{f"  {role}": _size(size) for role, size in sizes.items()},
+        "  header and tokenizer": _size(packed.data_start),
+        "parameters": f"{counts.total:,} ({counts.linear:,} in the linears of the blocks)",
+        "bits per parameter": f"{8 * packed.size / counts.total:.2f} of the whole file",
+        "layers": f"{len(packed.forms)} packed, activations of {', '.join(act_bits)} bits",
+        "recipe": ", ".join(f"{key} = {value}" for key, value in packed.recipe.items()) or "unknown",
+        "config": ", ".join(f"{k} = {v}" for k, v in dataclasses.asdict(packed.config).items() if k in SHOWN_FIELDS),
+    }
+    _print_facts(str(path), facts)

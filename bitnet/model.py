@@ -15,16 +15,42 @@ K head dimension, D model width, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from bitnet.config import ModelConfig
+from bitnet_kernels.cpu import native
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Makes the functions of ``torch.nn.init`` leave their tensor alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made inside have shapes but no memory and no values, to be filled from a file.
+
+    Initialization is switched off because on the meta device it would import a compiler's worth of torch: 150 MB.
+    """
+    with torch.device("meta"), _NoInitialization():
+        yield
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension, computed in float32 (arXiv 1910.07467).
+
+    On a GPU without gradients a kernel computes it that also serves the packed model: both add in the same order.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -32,15 +58,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            from bitnet_kernels.triton_norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each float32 (T, K), of the rotary embedding at ``positions`` (T,) (arXiv 2104.09864)."""
+    """Cosine and sine, each float32 (..., K), of the rotary embedding at ``positions`` (...) (arXiv 2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponent)
+    angles = positions.float()[..., None] * (1.0 / theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -52,10 +82,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache(nn.Module):
-    """Keys and values of every layer for up to ``max_len`` tokens: two buffers (L, B, G, max_len, K)."""
+    """Keys and values of every layer for up to ``max_len`` tokens: two buffers (L, B, G, max_len, K).
+
+    ``first`` int64 (B,) makes room for prompts of unequal length: sequence b begins at token ``first[b]`` of the cache,
+    and what lies before it is padding that no token sees.
+    """
 
     keys: Tensor
     values: Tensor
+    first: Tensor | None
 
     def __init__(
         self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype
@@ -64,11 +99,18 @@ class KVCache(nn.Module):
         shape = (config.n_layers, batch_size, config.kv_heads, max_len, config.head_dim)
         self.register_buffer("keys", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("values", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("first", None, persistent=False)
         self.length = 0
 
     @property
     def max_len(self) -> int:
         return self.keys.shape[3]
+
+    def places(self, T: int) -> Tensor:
+        """Where the next T tokens go, int64 (T,). Raises ``ValueError`` when they do not fit."""
+        if self.length + T > self.max_len:
+            raise ValueError(f"{self.length + T} tokens exceed the limit of {self.max_len}.")
+        return torch.arange(self.length, self.length + T, device=self.keys.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, K) behind the ``length`` tokens already there; return all S = length + T of them."""
@@ -76,6 +118,27 @@ class KVCache(nn.Module):
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def visible(self, places: Tensor) -> Tensor | None:
+        """Which of the S tokens each query at ``places`` sees, (T, S) or (B, 1, T, S); ``None``: all up to itself."""
+        T, S = places.shape[0], self.length + places.shape[0]
+        if self.first is None and (S == T or T == 1):
+            return None
+        keys = torch.arange(S, device=places.device)
+        causal = keys <= places[:, None]
+        if self.first is None:
+            return causal
+        # Padding sees itself, so that it has something to see: nobody reads what comes out.
+        return causal & (keys >= self.first.view(-1, 1, 1, 1)) | (keys == places[:, None])
+
+    def advance(self, T: int) -> None:
+        self.length += T
+
+
+def attends_natively(x: Tensor) -> bool:
+    """Whether one token at a time is attended to by the native CPU kernel, in a trained model and in a packed one."""
+    eager_cpu = x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return eager_cpu and native.library() is not None
 
 
 class Attention(nn.Module):
@@ -97,19 +160,35 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        B, T, D = x.shape
-        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
-        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        y = self.attend(self.wq(x), self.wk(x), self.wv(x), angles, mask, cache, layer)
+        return self.wo(self.attn_sub_norm(y))  # type: ignore[no-any-return]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Projections q (B, T, H * K), k and v (B, T, G * K) -> what the heads read, (B, T, H * K)."""
+        B, T, _ = q.shape
+        q = q.view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+        k = k.view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        v = v.view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
         cos, sin = angles[0].to(q.dtype), angles[1].to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        causal = mask is None and T > 1
+            if T == 1 and type(cache) is KVCache and not torch.is_grad_enabled() and attends_natively(q):
+                return native.attend(q, k, v, cache.first).transpose(1, 2).flatten(2)
+        causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_kv_heads != self.n_heads
         )
-        return self.wo(self.attn_sub_norm(y.transpose(1, 2).reshape(B, T, D)))  # type: ignore[no-any-return]
+        return y.transpose(1, 2).flatten(2)
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -167,8 +246,12 @@ class Transformer(nn.Module):
     """Token ids (B, T) int64 -> logits (B, T, V).
 
     With ``cache``, the tokens follow those already in the cache, which grows by T. With ``document_ids`` (B, T), a
-    token sees only tokens of its own document. Raises ``ValueError`` when the sequence is longer than the model allows.
+    token sees only tokens of its own document. With ``last_only``, the logits are those of the last token, (B, 1, V).
+    Raises ``ValueError`` when the sequence is longer than the model allows.
     """
+
+    decodes_as_graph = False
+    """Whether a decoding step may be captured: its kernels and addresses must be the same for every token."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -190,34 +273,38 @@ class Transformer(nn.Module):
                 std = residual_std if name.endswith(("wo.weight", "w2.weight")) else self.config.init_std
                 nn.init.normal_(parameter, std=std, generator=generator)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         T = tokens.shape[1]
-        start = 0 if cache is None else cache.length
-        limit = self.config.max_seq_len if cache is None else cache.max_len
-        if start + T > limit:
-            raise ValueError(f"{start + T} tokens exceed the limit of {limit}.")
-        positions = torch.arange(start, start + T, device=tokens.device)
+        if cache is None:
+            if self.config.max_seq_len < T:
+                raise ValueError(f"{T} tokens exceed the limit of {self.config.max_seq_len}.")
+            places = positions = torch.arange(T, device=tokens.device)
+            mask = None if document_ids is None else same_document(positions, document_ids)
+        else:
+            places = cache.places(T)
+            mask = cache.visible(places)
+            positions = places if cache.first is None else (places - cache.first[:, None, None]).clamp_(min=0)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        mask = attention_mask(positions, start + T, document_ids)
         x = self.dropout(self.tok_embeddings(tokens))
         for layer, block in enumerate(self.layers):
             x = block(x, angles, mask, cache, layer)
         if cache is not None:
-            cache.length += T
-        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+            cache.advance(T)
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x))  # type: ignore[no-any-return]
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
-        weight = self.tok_embeddings.weight
+        weight = self.norm.weight  # every stored form of a model has it
         max_len = min(max_len or self.config.max_seq_len, self.config.max_seq_len)
         return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
 
 
-def attention_mask(positions: Tensor, S: int, document_ids: Tensor | None) -> Tensor | None:
-    """Boolean mask, True where a query sees a key; ``None`` stands for plain causal attention or a single query."""
-    if document_ids is not None:
-        same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
-        return same & (positions[:, None] >= positions[None, :])
-    T = positions.shape[0]
-    if S == T or T == 1:
-        return None
-    return positions[:, None] >= torch.arange(S, device=positions.device)[None, :]  # (T, S)
+def same_document(positions: Tensor, document_ids: Tensor) -> Tensor:
+    """Boolean mask (B, 1, T, T), True where a query sees a key: earlier, or itself, in its own document."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same & (positions[:, None] >= positions[None, :])

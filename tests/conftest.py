@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # transformers compiles its quantizers; eager is the reference
+# Triton kernels run in its interpreter, which it must know before it is imported; 0 is for a machine with a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"

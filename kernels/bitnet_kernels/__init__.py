@@ -1,3 +1,15 @@
-"""Integer matrix products for low-bit weights. ``reference`` defines what every faster kernel must equal."""
+"""Packed low-bit weights: their formats, the operators that multiply them, and plain-torch definitions of both."""
 
+from bitnet_kernels.formats import BLOCK as BLOCK
+from bitnet_kernels.formats import FORMATS as FORMATS
+from bitnet_kernels.formats import MAX_K as MAX_K
+from bitnet_kernels.formats import PackedFormat as PackedFormat
+from bitnet_kernels.formats import pack_binary1 as pack_binary1
+from bitnet_kernels.formats import pack_ternary2 as pack_ternary2
+from bitnet_kernels.formats import pack_ternary_base3 as pack_ternary_base3
+from bitnet_kernels.formats import unpack_binary1 as unpack_binary1
+from bitnet_kernels.formats import unpack_ternary2 as unpack_ternary2
+from bitnet_kernels.formats import unpack_ternary_base3 as unpack_ternary_base3
+from bitnet_kernels.ops import packed_matmul as packed_matmul
+from bitnet_kernels.ops import rms_norm_quantize as rms_norm_quantize
 from bitnet_kernels.reference import matmul_reference as matmul_reference

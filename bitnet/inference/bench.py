@@ -1,0 +1,183 @@
+"""``bitnet bench decode``: tokens per second and peak memory of a whole packed model, one fresh process per setting."""
+
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from bitnet.config import ModelConfig
+from bitnet.errors import UserError
+from bitnet.generate import decoder_of, prefill
+from bitnet.inference.files import load_packed, place
+from bitnet.inference.header import read_header
+from bitnet.inference.packed_linear import HeadDtype, PackedLinear
+from bitnet.inference.packed_model import PackedTransformer
+from bitnet.inference.packing import packed_skeleton
+from bitnet.model import Transformer, without_memory
+from bitnet_kernels.bench import describe_device
+
+REPEATS = 3
+
+
+def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTransformer:
+    """A packed model of the shape of ``config`` with random weights, made without ever holding float ones."""
+    format = {"ternary": "ternary2", "binary": "binary1"}[weight]
+    with without_memory():
+        names = [n for n, m in Transformer(config).layers.named_modules() if isinstance(m, torch.nn.Linear)]
+    model = packed_skeleton(config, {f"layers.{name}": (format, 8) for name in names}, head)
+    place(model)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.tensor([0, 1, 2], dtype=torch.uint8)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(".packed"):
+            for row in tensor:
+                if format == "binary1":
+                    row.random_(0, 256, generator=generator)
+                    continue
+                planes = codes[torch.randint(3, (4, row.numel()), generator=generator)]
+                row.copy_(planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6)
+        elif name.endswith("inv_scale"):
+            tensor.fill_(30.0)
+        elif tensor.dtype == torch.int8:
+            tensor.random_(-127, 128, generator=generator)
+        elif name.endswith("scale"):
+            tensor.fill_(1e-3)
+        elif tensor.ndim == 2:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+        else:
+            tensor.fill_(1.0)
+    assert all(isinstance(m, PackedLinear) for n, m in model.named_modules() if n.endswith(("wq", "w2")))
+    return model.join_blocks()
+
+
+def _peak_mb() -> float:
+    """Largest resident set of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _measure(
+    source: str | dict[str, Any], weight: str, head: HeadDtype, threads: int, tokens: int, prompt: int, device: str
+) -> dict[str, float]:
+    """Runs in a process of its own, which imports and loads before anything is timed."""
+    idle = _peak_mb()
+    torch.set_num_threads(threads)
+    model = load_packed(source)[0] if isinstance(source, str) else random_packed(ModelConfig(**source), weight, head)
+    loaded = _peak_mb()
+    model = model.to(device)
+    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def finish(logits: Tensor) -> Tensor:
+        token = logits.argmax(dim=-1, keepdim=True)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return token
+
+    prefills, decodes = [], []
+    with torch.inference_mode():
+        for repeat in range(REPEATS + 1):
+            cache = model.new_cache(1, prompt + tokens)
+            start = time.perf_counter()
+            token = finish(prefill(model, ids, cache))
+            prefills.append(prompt / (time.perf_counter() - start))
+            decode = decoder_of(model, cache)
+            if repeat == 0 and device != "cpu":
+                token = finish(decode(token))  # captures the graph
+                continue
+            start = time.perf_counter()
+            for _ in range(tokens):
+                token = finish(decode(token))
+            decodes.append(tokens / (time.perf_counter() - start))
+    return {
+        "decode_tokens_per_s": statistics.median(decodes[-REPEATS:]),
+        "prefill_tokens_per_s": statistics.median(prefills[-REPEATS:]),
+        "peak_rss_mb": _peak_mb(),
+        "rss_after_load_mb": loaded,
+        "rss_after_import_mb": idle,
+    }
+
+
+def bench_decode(
+    model: str,
+    shape: tuple[ModelConfig, str] | None = None,
+    *,
+    threads: list[int] | None = None,
+    tokens: int = 128,
+    prompt_tokens: int = 256,
+    head: HeadDtype = "int8",
+    device: str = "cpu",
+    json_file: str | None = None,
+    plot: str | None = None,
+) -> dict[str, Any]:
+    """Measure the packed file ``model``, or random weights of ``shape`` (config and kind); print and write files."""
+    config, weight = shape or (read_header(model).config, "")
+    if shape and weight not in ("ternary", "binary"):
+        raise UserError(f"{model}: its weights are of the kind {weight!r}; ternary or binary ones can be packed.")
+    source = dataclasses.asdict(config) if shape else model
+    if tokens < 1 or prompt_tokens < 1 or prompt_tokens + tokens > config.max_seq_len:
+        raise UserError(
+            f"--prompt_tokens {prompt_tokens} and --tokens {tokens}: must be at least 1 and fit the context of "
+            f"{config.max_seq_len} tokens together."
+        )
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {device}: must be cpu{', or cuda' if torch.cuda.is_available() else ' here'}.")
+    results: dict[str, dict[str, float]] = {}
+    settings = threads or [torch.get_num_threads()]
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("decoding", total=len(settings))
+        for n in settings:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                job = pool.submit(_measure, source, weight, head, n, tokens, prompt_tokens, device)
+                results[str(n)] = job.result()
+            bar.advance(task)
+    what = describe_device(torch.device(device))
+    table = Table(title=f"{model} on {what.split(',')[0]}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("threads", "decode tok/s", "prefill tok/s", "peak memory MB", "of it model and cache"):
+        table.add_column(column, justify="right")
+    for setting, r in results.items():
+        own = r["peak_rss_mb"] - r["rss_after_import_mb"]
+        table.add_row(
+            setting, f"{r['decode_tokens_per_s']:,.1f}", f"{r['prefill_tokens_per_s']:,.1f}",
+            f"{r['peak_rss_mb']:,.0f}", f"{own:,.0f}",
+        )  # fmt: skip
+    Console(highlight=False, width=100).print(table)
+    content = {
+        "model": model, "device": what, "torch": torch.__version__, "tokens": tokens, "prompt_tokens": prompt_tokens,
+        "threads": results,
+    }  # fmt: skip
+    if json_file:
+        Path(json_file).write_text(json.dumps(content, indent=1) + "\n")
+    if plot:
+        _draw(results, f"{Path(model).name}, {what.split(',')[0]}", plot)
+    return content
+
+
+def _draw(results: dict[str, dict[str, float]], title: str, file: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for axes, key, label, colour in zip(
+        figure.subplots(1, 2),
+        ("decode_tokens_per_s", "prefill_tokens_per_s"),
+        ("decode", "prefill"),
+        ("C0", "C2"),
+        strict=True,
+    ):
+        bars = axes.bar(list(results), [r[key] for r in results.values()], color=colour, width=0.55)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2)
+        axes.set(title=label, xlabel="threads", ylabel="tokens per second")
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)

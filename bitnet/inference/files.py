@@ -1,0 +1,218 @@
+"""Packed model files: one safetensors file that holds everything needed to serve a model (layout in ``header.py``).
+
+Reading streams the tensors straight into the memory they are used from, checking digests on the way: the file is never
+held twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bitnet.checkpoint import load_checkpoint
+from bitnet.errors import UserError
+from bitnet.inference.header import (
+    DTYPES,
+    FORMAT_VERSION,
+    NO_DIGEST,
+    PackedFile,
+    damaged,
+    read_header,
+    seal_of,
+    stream,
+    with_seal,
+)
+from bitnet.inference.packed_linear import PackedLinear
+from bitnet.inference.packed_model import PackedTransformer
+from bitnet.inference.packing import LayerForms, packed_skeleton
+from bitnet.model import Transformer
+from bitnet_kernels import FORMATS
+from bitnet_kernels.cpu.memory import empty_in_huge_pages
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def _stored_tensors(model: PackedTransformer) -> dict[str, Tensor]:
+    """Every tensor of a packed model, once each, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _packed_layers(model: PackedTransformer) -> dict[str, PackedLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def save_packed(
+    model: PackedTransformer,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    """Write a packed model to ``path``, whole or not at all.
+
+    ``format`` is ``ternary2``, ``ternary_base3`` (smaller, unpacked on load) or ``binary1``; if not given, the one that
+    the layers have. Raises ``UserError`` when they cannot take it, or when the file cannot be written.
+    """
+    path = Path(path)
+    layers = _packed_layers(model)
+    tensors = _stored_tensors(model)
+    forms = {}
+    for name, layer in layers.items():
+        stored = layer.format if format is None else format
+        if stored not in FORMATS:
+            raise UserError(f"format {stored!r}: must be one of {', '.join(FORMATS)}.")
+        if FORMATS[stored].levels != FORMATS[layer.format].levels:
+            raise UserError(
+                f"format {stored}: {name} has the levels {FORMATS[layer.format].levels}; use {layer.format}."
+            )
+        if stored != layer.format:
+            tensors[f"{name}.packed"] = FORMATS[stored].pack(layer.weight_levels().cpu())
+        forms[name] = [stored, layer.act_bits]
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    description = {
+        "format_version": FORMAT_VERSION,
+        "config": dataclasses.asdict(model.config),
+        "recipe": recipe or {},
+        "head": model.head_dtype,
+        "layers": forms,
+        "digests": {name: hashlib.sha256(_bytes_of(tensors[name])).hexdigest() for name in order},
+        "tokenizer": tokenizer.to_str(),
+    }
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"bitnet": json.dumps(description), "sha256": NO_DIGEST}}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    length = len(text).to_bytes(8, "little")
+    text = with_seal(text, NO_DIGEST, seal_of(length, text))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(length)
+            file.write(text)
+            for name in order:
+                file.write(_bytes_of(tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def place(model: PackedTransformer) -> None:
+    """Give every tensor of a skeleton memory; packed weights share huge pages, matrices that will be joined adjoin."""
+    for module in model.modules():
+        for name, buffer in list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False)):
+            if name != "packed":
+                real = torch.empty(buffer.shape, dtype=buffer.dtype)  # empty_like would import sympy: 35 MB
+                is_parameter = isinstance(buffer, torch.nn.Parameter)
+                setattr(module, name, torch.nn.Parameter(real, requires_grad=False) if is_parameter else real)
+    if model.config.tie_embeddings and model.head_dtype == "float32":
+        model.lm_head.weight = model.tok_embeddings.weight
+    layers = list(_packed_layers(model).values())
+    arena = empty_in_huge_pages(sum(layer.packed.numel() for layer in layers))
+    start = 0
+    for layer in layers:
+        end = start + layer.packed.numel()
+        layer.packed = arena[start:end].view(layer.packed.shape)
+        start = end
+
+
+def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[PackedTransformer, Tokenizer]:
+    """``(model, tokenizer)`` of a file that ``bitnet pack`` wrote; the forward is that of ``load_checkpoint``.
+
+    Every digest is checked. Raises ``UserError`` for a file that is damaged, too new, or no packed model.
+    """
+
+    packed = read_header(path)
+    known = set(FORMATS)
+    if any(form not in known or bits not in (8, 4, "none") for form, bits in packed.forms.values()):
+        raise damaged(packed.path, "it has layers of an unknown form")
+    resident: LayerForms = {
+        name: ("ternary2" if form == "ternary_base3" else form, bits) for name, (form, bits) in packed.forms.items()
+    }
+    try:
+        model = packed_skeleton(packed.config, resident, packed.head)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError, TypeError) as error:  # sizes beyond what a tensor can have
+        raise damaged(packed.path, "no model has its sizes") from error
+    expected = _stored_tensors(model)
+    layers = _packed_layers(model)
+    for name, tensor in expected.items():
+        shape: tuple[int, ...] = tuple(tensor.shape)
+        owner = name.removesuffix(".packed")
+        if owner != name:
+            shape = (shape[0], FORMATS[packed.forms[owner][0]].row_bytes(layers[owner].in_features))
+        if packed.tensors.get(name, (None,))[:2] != (tensor.dtype, shape):
+            raise damaged(packed.path, f"{name} is missing or has another shape")
+    if len(expected) != len(packed.tensors) or set(layers) != set(packed.forms):
+        raise damaged(packed.path, "it has tensors that the model does not")
+    tokenizer = _tokenizer(packed)
+    place(model)
+    destinations = _stored_tensors(model)
+    with packed.path.open("rb") as file:
+        file.seek(packed.data_start)
+        for name in packed.tensors:
+            owner = name.removesuffix(".packed")
+            form = packed.forms[owner][0] if owner != name else ""
+            _fill(destinations[name], stream(file, packed, name), layers[owner] if form == "ternary_base3" else None)
+    return model.join_blocks().to(device), tokenizer
+
+
+def _fill(to: Tensor, chunks: Iterator[bytearray], base3: PackedLinear | None) -> None:
+    if base3 is None:
+        flat, at = to.detach().view(-1).view(torch.uint8), 0
+        for chunk in chunks:
+            flat[at : at + len(chunk)] = torch.frombuffer(chunk, dtype=torch.uint8)
+            at += len(chunk)
+        return
+    row = 0
+    for chunk in chunks:
+        stored = torch.frombuffer(chunk, dtype=torch.uint8).view(
+            -1, FORMATS["ternary_base3"].row_bytes(base3.in_features)
+        )
+        try:
+            levels = FORMATS["ternary_base3"].unpack(stored, None, base3.in_features)
+        except ValueError:
+            levels = torch.zeros(stored.shape[0], base3.in_features, dtype=torch.int8)  # the digest will tell
+        to[row : row + stored.shape[0]] = FORMATS[base3.format].pack(levels)
+        row += stored.shape[0]
+
+
+def _tokenizer(packed: PackedFile) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(packed.tokenizer_json)
+    except Exception as error:  # the library raises plain Exception
+        raise damaged(packed.path, "its tokenizer cannot be read") from error
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether ``path`` names a packed model rather than a run folder or checkpoint."""
+    return Path(path).suffix == ".safetensors"
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
+    """``(model, tokenizer)`` of a run folder, a checkpoint or a packed model."""
+    return load_packed(path, device) if is_packed(path) else load_checkpoint(path, device)

@@ -1,0 +1,86 @@
+// Attention of one new token per sequence over its cached keys and values, in float32.
+//
+// Serves both sides, the model as it was trained and the packed one, whenever a single token is decoded on the CPU. Sums
+// have 16 lanes whatever the instruction set, and no fused multiply-add, so all builds give the same bits.
+#include "common.h"
+#include "floats.h"
+
+typedef struct {
+    const float *q;  // (M, H, K)
+    int64_t q_stride, m, heads, kv_heads, head_dim;
+    const float *keys, *values;  // token 0 of sequence 0, head 0
+    int64_t sequence_stride, head_stride, token_stride;
+    const int64_t *first;  // (M): the first token that each sequence sees, or null for token 0
+    int64_t tokens;
+    float *out;  // (M, H * K)
+} attention_args;
+
+INLINE float dot_floats(const float *a, const float *b, int64_t k) {
+    vec16 sum = {0};
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16) sum += *(const vec16 *)(a + i) * *(const vec16 *)(b + i);
+    float rest = 0;
+    for (; i < k; i++) rest += a[i] * b[i];
+    return sum16(sum) + rest;
+}
+
+INLINE void one_head(const attention_args *a, int64_t pair, float *p) {
+    const int64_t t = pair / a->heads, h = pair % a->heads, K = a->head_dim;
+    const int64_t at = t * a->sequence_stride + h / (a->heads / a->kv_heads) * a->head_stride;
+    const int64_t first = a->first ? a->first[t] : 0, n = a->tokens - first;
+    const float *q = a->q + t * a->q_stride + h * K;
+    const float *keys = a->keys + at + first * a->token_stride, *values = a->values + at + first * a->token_stride;
+    const float scale = 1.0f / sqrtf((float)K);
+    float largest = -INFINITY;
+    for (int64_t s = 0; s < n; s++) {
+        p[s] = dot_floats(q, keys + s * a->token_stride, K) * scale;
+        largest = p[s] > largest ? p[s] : largest;
+    }
+    for (int64_t s = 0; s < n; s++) p[s] = exp_u10(p[s] - largest);
+    float total = 0;
+    for (int64_t s = 0; s < n; s++) total += p[s];
+    float *out = a->out + t * a->heads * K + h * K;
+    for (int64_t i = 0; i < K; i++) out[i] = 0;
+    for (int64_t s = 0; s < n; s++) {
+        const float *v = values + s * a->token_stride;
+        for (int64_t i = 0; i < K; i++) out[i] += p[s] * v[i];
+    }
+    for (int64_t i = 0; i < K; i++) out[i] /= total;
+}
+
+#define HEADS(NAME, TARGET)                                                                                            \
+    TARGET static void NAME(const attention_args *a, int64_t from, int64_t to, float *p) {                             \
+        for (int64_t pair = from; pair < to; pair++) one_head(a, pair, p);                                             \
+    }
+HEADS(heads_portable, )
+#if defined(__x86_64__)
+HEADS(heads_avx2, TARGET_AVX2)
+HEADS(heads_avx512, TARGET_AVX512)
+#endif
+
+// Returns 0, or 1 when there is no memory.
+int bitnet_attend(
+    const float *q, int64_t q_stride, int64_t m, int64_t heads, int64_t kv_heads, int64_t head_dim, const float *keys,
+    const float *values, int64_t sequence_stride, int64_t head_stride, int64_t token_stride, const int64_t *first,
+    int64_t tokens, float *out, int threads, int isa) {
+    const attention_args a = {q, q_stride, m, heads, kv_heads, head_dim, keys, values,
+                              sequence_stride, head_stride, token_stride, first, tokens, out};
+    const int64_t pairs = m * heads;
+    int failed = 0;
+    if (threads > pairs) threads = (int)pairs;
+    if (pairs * tokens * head_dim < 1 << 16) threads = 1;  // less work than waking a thread
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(| : failed)
+    for (int part = 0; part < threads; part++) {
+        const int64_t from = pairs * part / threads, to = pairs * (part + 1) / threads;
+        float *p = aligned_alloc(64, ((size_t)tokens * 4 + 63) / 64 * 64);
+        if (!p) failed = 1;
+#if defined(__x86_64__)
+        else if (isa >= AVX512) heads_avx512(&a, from, to, p);
+        else if (isa >= AVX2) heads_avx2(&a, from, to, p);
+#endif
+        else heads_portable(&a, from, to, p);
+        free(p);
+    }
+    (void)isa;
+    return failed;
+}

@@ -1,0 +1,28 @@
+// What every source file of the CPU kernels shares: instruction sets, and the names used in them.
+//
+// M tokens, N output features, K inputs. Weights are rows of codes (see ../formats.py): ternary c = w + 1 in 2 bits,
+// binary b in 1 bit, `planes` = 4 or 8 codes per byte. A *group* is 64 packed bytes of a row; plane p of a group meets
+// 64 consecutive bytes of the arranged activations. Everything here is exact integer arithmetic until the epilogue.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#define TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,amx-tile,amx-int8")))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define TARGET_NEON __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+
+// In ascending order: each includes those before it on its own architecture. ../cpu/native.py names them too.
+enum isa { PORTABLE = 0, NEON = 1, AVX2 = 2, AVX512 = 3, AMX = 4 };
+
+// Rows of weights handled together, and tokens of one tile.
+enum { STRIP = 32, TILE = 16 };

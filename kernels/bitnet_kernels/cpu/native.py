@@ -1,0 +1,234 @@
+"""The compiled CPU kernels as functions of tensors. Nothing is compiled before the first call.
+
+Callers have checked shapes and dtypes (see ../ops.py); here pointers are passed on.
+"""
+
+import ctypes
+import enum
+import functools
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from bitnet_kernels.cpu.build import CannotCompile, load_library
+
+
+class Isa(enum.IntEnum):
+    """Instruction sets in ascending order, as in common.h."""
+
+    PORTABLE = 0
+    NEON = 1
+    AVX2 = 2
+    AVX512 = 3
+    AMX = 4
+
+
+POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    "bitnet_best_isa": [],
+    "bitnet_packed_matmul": [
+        POINTER, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, POINTER, POINTER, INT64, POINTER, INT, INT,
+    ],
+    "bitnet_packed_matmul_grouped": [
+        POINTER, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, INT64, POINTER, POINTER, INT, INT,
+    ],
+    "bitnet_norm_quantize": [
+        POINTER, INT64, INT64, INT64, POINTER, POINTER, FLOAT, INT, POINTER, POINTER, POINTER, INT, INT,
+    ],
+    "bitnet_attend": [
+        POINTER, INT64, INT64, INT64, INT64, INT64, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT64, POINTER,
+        INT, INT,
+    ],
+    "bitnet_activate": [POINTER, INT64, INT64, INT, INT, POINTER, INT],
+    "bitnet_decode": [POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT64],
+    "bitnet_wide_matmul": [POINTER, INT64, INT64, POINTER, INT64, INT, POINTER, POINTER, INT, INT],
+}  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or ``None`` (with one warning) where they cannot be had; then torch computes the same."""
+    if os.environ.get("BITNET_CPU_ISA") == "torch":
+        return None
+    try:
+        lib = load_library()
+    except CannotCompile as error:
+        warnings.warn(
+            f"the CPU kernels cannot be compiled ({error}); results are the same, but several times slower. "
+            "Install a C compiler such as gcc.",
+            stacklevel=2,
+        )
+        return None
+    for name, types in SIGNATURES.items():
+        getattr(lib, name).argtypes = types
+    lib.bitnet_mean_of_squares.argtypes = [POINTER, INT64, INT]
+    lib.bitnet_mean_of_squares.restype = FLOAT
+    return lib
+
+
+@functools.cache
+def best_isa() -> Isa:
+    """The best instruction set of this machine, or the lower one that ``$BITNET_CPU_ISA`` names."""
+    lib = library()
+    assert lib is not None
+    best = Isa(lib.bitnet_best_isa())
+    wish = os.environ.get("BITNET_CPU_ISA")
+    if not wish:
+        return best
+    if wish.upper() not in Isa.__members__:
+        names = ", ".join(["torch", *(i.name.lower() for i in Isa)])
+        raise ValueError(f"BITNET_CPU_ISA={wish}: must be one of {names}")
+    return min(best, Isa[wish.upper()])
+
+
+@functools.cache
+def lanes_of_torch() -> int | None:
+    """How many lanes torch's own sum of a row uses on this machine, found by comparing; ``None`` when none fits."""
+    lib = library()
+    assert lib is not None
+    generator = torch.Generator().manual_seed(0)
+    for lanes in (8, 16, 4):
+        for k in (64, 250, 1000, 4099):
+            x = torch.randn(16, k, generator=generator)
+            sums = [lib.bitnet_mean_of_squares(row.data_ptr(), k, lanes) for row in x]
+            if not torch.equal(torch.tensor(sums), x.pow(2).mean(-1)):
+                break
+        else:
+            return lanes
+    return None
+
+
+def gate(gate_up: Tensor, kind: str, lanes: int) -> Tensor:
+    """Float32 (M, 2 F), two halves -> activation(first) * second, (M, F); ``lanes`` as ``exp_lanes_of_torch``."""
+    lib = library()
+    assert lib is not None
+    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    lib.bitnet_activate(gate_up.data_ptr(), *out.shape, kind == "silu", lanes, out.data_ptr(), best_isa())
+    return out
+
+
+@functools.cache
+def exp_lanes_of_torch() -> int | None:
+    """The vector width of torch's silu on this machine, found by comparing; ``None`` where it computes otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    for lanes in (16, 8, 4):
+        for f in (33, 100, 1000, 4099):
+            x = torch.randn(1, 2 * f, generator=generator) * 8
+            if not torch.equal(gate(x, "silu", lanes), torch.nn.functional.silu(x[:, :f]) * x[:, f:]):
+                break
+        else:
+            return lanes
+    return None
+
+
+def sums_like_torch(k: int) -> bool:
+    """Whether the kernels add the squares of ``k`` inputs as torch does: bit for bit, so torch need not be asked.
+
+    Torch adds few numbers, and a single long row that it splits between threads, in other ways.
+    """
+    return 64 <= k < 2**15 and library() is not None and lanes_of_torch() is not None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def packed_matmul(
+    x: Tensor,
+    packed: Tensor,
+    planes: int,
+    k: int,
+    x_inv_scale: Tensor | None,
+    w_inv_scale: Tensor | None,
+    row_sum: Tensor | None = None,
+    isa: Isa | None = None,
+) -> Tensor:
+    """x int8 (M, K), packed uint8 (N, bytes) -> int32 (M, N), or float32 divided by both scales."""
+    lib = library()
+    assert lib is not None
+    m, n = x.shape[0], packed.shape[0]
+    out = torch.empty(m, n, dtype=torch.int32 if x_inv_scale is None else torch.float32)
+    per_row = 0 if w_inv_scale is None or w_inv_scale.numel() == 1 else 1
+    failed = lib.bitnet_packed_matmul(
+        x.data_ptr(), x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, planes, _pointer(row_sum),
+        _pointer(x_inv_scale), _pointer(w_inv_scale), per_row, out.data_ptr(), torch.get_num_threads(),
+        best_isa() if isa is None else isa,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("packed_matmul: no memory for the arranged activations")
+    return out
+
+
+def packed_matmul_grouped(
+    x: Tensor, packed: Tensor, planes: int, k: int, group_scale: Tensor, group_size: int, x_inv_scale: Tensor | None
+) -> Tensor:
+    """As above with a scale per ``group_size`` inputs, group_scale float32 (N, groups) -> float32 (M, N)."""
+    lib = library()
+    assert lib is not None
+    m, n = x.shape[0], packed.shape[0]
+    out = torch.empty(m, n, dtype=torch.float32)
+    failed = lib.bitnet_packed_matmul_grouped(
+        x.data_ptr(), x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, planes, group_scale.data_ptr(),
+        group_size, _pointer(x_inv_scale), out.data_ptr(), torch.get_num_threads(), best_isa(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("packed_matmul: no memory for the arranged activations")
+    return out
+
+
+def norm_quantize(
+    x: Tensor, weight: Tensor | None, eps: float, mean_square: Tensor | None, isa: Isa | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x float32 (M, K) -> int8 (M, K), inv_scale (M, 1), row sums int32 (M,).
+
+    ``mean_square`` (M,) are torch's means of squares, for rows whose sums it adds in another order.
+    """
+    lib = library()
+    assert lib is not None
+    m, k = x.shape
+    q = torch.empty(m, k, dtype=torch.int8)
+    inv_scale = torch.empty(m, 1)
+    row_sum = torch.empty(m, dtype=torch.int32)
+    failed = lib.bitnet_norm_quantize(
+        x.data_ptr(), x.stride(0), m, k, _pointer(weight), _pointer(mean_square), eps, lanes_of_torch() or 0,
+        q.data_ptr(), inv_scale.data_ptr(), row_sum.data_ptr(), torch.get_num_threads(),
+        best_isa() if isa is None else isa,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("rms_norm_quantize: no memory for a row")
+    return q, inv_scale, row_sum
+
+
+def wide_matmul(x: Tensor, w: Tensor, scale: Tensor | None, isa: Isa | None = None) -> Tensor | None:
+    """x float32 (M, K) times w int8 or float16 (N, K) -> float32 (M, N); ``None`` where there is no fast way."""
+    lib = library()
+    if lib is None:
+        return None
+    m, n = x.shape[0], w.shape[0]
+    out = torch.empty(m, n)
+    missing = lib.bitnet_wide_matmul(
+        x.data_ptr(), m, x.shape[1], w.data_ptr(), n, w.dtype == torch.int8, _pointer(scale), out.data_ptr(),
+        torch.get_num_threads(), best_isa() if isa is None else isa,
+    )  # fmt: skip
+    return None if missing else out
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None) -> Tensor:
+    """Attention of one token: q (B, H, 1, K), keys and values (B, G, S, K), float32 -> (B, H, 1, K).
+
+    ``first`` int64 (B,): the first token that each sequence sees.
+    """
+    lib = library()
+    assert lib is not None
+    B, H, _, K = q.shape
+    q = q.reshape(B, H * K)
+    out = torch.empty(B, H, 1, K)
+    failed = lib.bitnet_attend(
+        q.data_ptr(), q.stride(0), B, H, keys.shape[1], K, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3],
+        _pointer(first), keys.shape[2], out.data_ptr(), torch.get_num_threads(), best_isa(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("attend: no memory for the scores of a token")
+    return out

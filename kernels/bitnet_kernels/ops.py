@@ -1,0 +1,224 @@
+"""The two operators of a served low-bit layer, for CPU and CUDA, for eager and compiled models.
+
+``packed_matmul``      int8 activations x packed weights -> exact int32 sums, or the scaled result
+``rms_norm_quantize``  RMSNorm (or nothing) -> int8 activations with one scale a token
+
+Both are registered with torch as ``bitnet_kernels::...``, so that ``torch.compile`` and ``torch.export`` see one opaque
+operator of known shape. An eager call on the CPU goes straight to the kernel: the dispatcher would cost as much as the
+work of a small layer.
+
+The epilogue, the same everywhere: with both scales ``y = float32(sum) / (x_inv_scale * w_inv_scale)``, where the
+product of the scales is rounded first; with group scales ``y = 0; y += float32(sum of group g) * group_scale[n, g]``
+for ascending g, never fused, then ``/ x_inv_scale``. The result is rounded once more to ``out_dtype``.
+"""
+
+import torch
+from torch import Tensor
+
+from bitnet_kernels.cpu import native
+from bitnet_kernels.formats import FORMATS, MAX_K
+from bitnet_kernels.reference import packed_matmul_reference, rms_norm_quantize_reference
+
+_LIBRARY = torch.library.Library("bitnet_kernels", "DEF")
+_LIBRARY.define(
+    "packed_matmul(Tensor x, Tensor packed, str format, int n, int k, Tensor? x_inv_scale=None, "
+    "Tensor? w_inv_scale=None, Tensor? group_scale=None, int group_size=0, Tensor? row_sum=None, "
+    "ScalarType? out_dtype=None) -> Tensor"
+)
+_LIBRARY.define("rms_norm_quantize(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)")
+
+
+def _is_plain_cpu(x: Tensor) -> bool:
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def packed_matmul(
+    x: Tensor,
+    packed: Tensor,
+    format: str = "ternary2",
+    *,
+    n: int,
+    k: int,
+    x_inv_scale: Tensor | None = None,
+    w_inv_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    group_size: int = 0,
+    row_sum: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x int8 (M, k) times packed weights uint8 (n, bytes) -> (M, n): int32 without scales, else ``out_dtype``.
+
+    Args:
+        x_inv_scale: Float32, one for each token: (M,) or (M, 1). Given together with ``w_inv_scale``.
+        w_inv_scale: Float32, one for the matrix (1,) or for each row (n,).
+        group_scale: Float32 (n, ceil(k / group_size)), factors; instead of ``w_inv_scale``.
+        group_size: Inputs that share a factor: a multiple of 64 (binary: of 32).
+        row_sum: Int32 (M,), the sums of the rows of ``x``, where they are known.
+        out_dtype: Of a scaled result; float32 if not given.
+
+    Raises ``ValueError`` for a format, dtype, device or shape that is not supported, and for k above ``MAX_K``.
+    """
+    arguments = (x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size, row_sum, out_dtype)
+    if _is_plain_cpu(x):
+        return _packed_matmul_cpu(*arguments)
+    return torch.ops.bitnet_kernels.packed_matmul(*arguments)  # type: ignore[no-any-return]
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor | None, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., K) floating -> q int8 (M, K), inv_scale float32 (M, 1), row sums int32 (M,); M = all leading dimensions.
+
+    ``y = x * rsqrt(mean(x^2) + eps) * weight`` (without weight, y = x), ``inv_scale = 127 / max(max|y|, 1e-5)``,
+    ``q = round(y * inv_scale)``, half to even. A row with NaN or infinity has inv_scale NaN, so its products are NaN.
+    """
+    if _is_plain_cpu(x):
+        return _rms_norm_quantize_cpu(x, weight, eps)
+    return torch.ops.bitnet_kernels.rms_norm_quantize(x, weight, eps)  # type: ignore[no-any-return]
+
+
+def _check(
+    x: Tensor,
+    packed: Tensor,
+    format: str,
+    n: int,
+    k: int,
+    x_inv_scale: Tensor | None,
+    w_inv_scale: Tensor | None,
+    group_scale: Tensor | None,
+    group_size: int,
+) -> None:
+    if format not in FORMATS or not FORMATS[format].planes:
+        known = ", ".join(name for name, f in FORMATS.items() if f.planes)
+        raise ValueError(f"format {format!r}: the kernels read {known}")
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"k = {k}: must be between 1 and {MAX_K}, where int32 sums end")
+    if x.dtype != torch.int8 or x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"x must be int8 (M, {k}), not {x.dtype} {tuple(x.shape)}")
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (n, FORMATS[format].row_bytes(k)):
+        raise ValueError(
+            f"{format} weights of {n} x {k} are uint8 ({n}, {FORMATS[format].row_bytes(k)}), "
+            f"not {packed.dtype} {tuple(packed.shape)}"
+        )
+    if packed.device != x.device:
+        raise ValueError(f"x is on {x.device} and the weights are on {packed.device}")
+    if group_scale is not None:
+        plane = FORMATS[format].plane
+        if group_size < plane or group_size % plane:
+            raise ValueError(f"group_size = {group_size}: {format} takes multiples of {plane}")
+        if w_inv_scale is not None:
+            raise ValueError("give w_inv_scale or group_scale, not both")
+        if tuple(group_scale.shape) != (n, -(-k // group_size)):
+            raise ValueError(f"group_scale must be ({n}, {-(-k // group_size)}), not {tuple(group_scale.shape)}")
+    elif (x_inv_scale is None) != (w_inv_scale is None):
+        raise ValueError("x_inv_scale and w_inv_scale go together")
+    if w_inv_scale is not None and w_inv_scale.numel() not in (1, n):
+        raise ValueError(f"w_inv_scale must have 1 or {n} values, not {w_inv_scale.numel()}")
+    if x_inv_scale is not None and x_inv_scale.numel() != x.shape[0]:
+        raise ValueError(f"x_inv_scale must have {x.shape[0]} values, not {x_inv_scale.numel()}")
+    for name, scale in (("x_inv_scale", x_inv_scale), ("w_inv_scale", w_inv_scale), ("group_scale", group_scale)):
+        if scale is not None and scale.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, not {scale.dtype}")
+
+
+def _result_dtype(x_inv_scale: Tensor | None, group_scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
+    if x_inv_scale is None and group_scale is None:
+        return torch.int32
+    return out_dtype or torch.float32
+
+
+def _packed_matmul_cpu(
+    x: Tensor,
+    packed: Tensor,
+    format: str,
+    n: int,
+    k: int,
+    x_inv_scale: Tensor | None = None,
+    w_inv_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    group_size: int = 0,
+    row_sum: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    packed = packed if packed.is_contiguous() else packed.contiguous()
+    x_inv_scale = None if x_inv_scale is None else x_inv_scale.contiguous()
+    if native.library() is None:
+        y = packed_matmul_reference(x, packed, format, k, x_inv_scale, w_inv_scale, group_scale, group_size)
+    elif group_scale is not None:
+        y = native.packed_matmul_grouped(
+            x, packed, FORMATS[format].planes, k, group_scale.contiguous(), group_size, x_inv_scale
+        )
+    else:
+        w_inv_scale = None if w_inv_scale is None else w_inv_scale.contiguous()
+        y = native.packed_matmul(x, packed, FORMATS[format].planes, k, x_inv_scale, w_inv_scale, row_sum)
+    return y.to(_result_dtype(x_inv_scale, group_scale, out_dtype))
+
+
+def _packed_matmul_cuda(*arguments: object) -> Tensor:
+    from bitnet_kernels import triton_matmul
+
+    _check(*arguments[:9])  # type: ignore[arg-type]
+    return triton_matmul.packed_matmul(*arguments)  # type: ignore[arg-type]
+
+
+def _packed_matmul_fake(
+    x: Tensor,
+    packed: Tensor,
+    format: str,
+    n: int,
+    k: int,
+    x_inv_scale: Tensor | None = None,
+    w_inv_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    group_size: int = 0,
+    row_sum: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size)
+    return x.new_empty((x.shape[0], n), dtype=_result_dtype(x_inv_scale, group_scale, out_dtype))
+
+
+def _rms_norm_quantize_cpu(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check_norm(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
+    if native.library() is None or rows.dtype != torch.float32 or (weight is not None and weight.dtype != rows.dtype):
+        return rms_norm_quantize_reference(rows, weight, eps)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    mean_square = None
+    if weight is not None:
+        mean_square = None if native.sums_like_torch(rows.shape[1]) else rows.pow(2).mean(-1)
+        weight = weight.contiguous()
+    return native.norm_quantize(rows, weight, eps, mean_square)
+
+
+def _check_norm(x: Tensor, weight: Tensor | None) -> None:
+    if not x.is_floating_point() or x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must be floating point (..., K), not {x.dtype} {tuple(x.shape)}")
+    if weight is not None and tuple(weight.shape) != (x.shape[-1],):
+        raise ValueError(f"the weight of the norm must be ({x.shape[-1]},), not {tuple(weight.shape)}")
+
+
+def _rms_norm_quantize_cuda(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from bitnet_kernels import triton_norm
+
+    _check_norm(x, weight)
+    return triton_norm.rms_norm_quantize(x.reshape(-1, x.shape[-1]), weight, eps)
+
+
+def _rms_norm_quantize_fake(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check_norm(x, weight)
+    K = x.shape[-1]
+    M = x.numel() // K
+    return (
+        x.new_empty((M, K), dtype=torch.int8),
+        x.new_empty((M, 1), dtype=torch.float32),
+        x.new_empty((M,), dtype=torch.int32),
+    )
+
+
+_LIBRARY.impl("packed_matmul", _packed_matmul_cpu, "CPU")
+_LIBRARY.impl("packed_matmul", _packed_matmul_cuda, "CUDA")
+_LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize_cpu, "CPU")
+_LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize_cuda, "CUDA")
+torch.library.register_fake("bitnet_kernels::packed_matmul", _packed_matmul_fake, lib=_LIBRARY)
+torch.library.register_fake("bitnet_kernels::rms_norm_quantize", _rms_norm_quantize_fake, lib=_LIBRARY)

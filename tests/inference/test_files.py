@@ -1,0 +1,211 @@
+"""Packed files: whole or refused, readable by the safetensors library, and no larger in memory than they must be."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from bitnet.__main__ import main
+from bitnet.errors import UserError
+from bitnet.inference.files import load_packed, save_packed
+from bitnet.inference.header import read_header, seal_of, verify, with_seal
+from bitnet.inference.packing import pack
+from tests.inference.conftest import low_bit_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def file(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    path = tmp_path / "m.safetensors"
+    save_packed(pack(low_bit_model()), tokenizer, path)
+    return path
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("head", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("weight,format", [("ternary", None), ("ternary", "ternary_base3"), ("binary", "binary1")])
+def test_round_trip(weight, format, head, tie_embeddings, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    packed = pack(low_bit_model(weight=weight, tie_embeddings=tie_embeddings), head=head)
+    path = tmp_path / "m.safetensors"
+    save_packed(packed, tokenizer, path, format=format, recipe={"name": "BitNet"})
+    loaded, its_tokenizer = load_packed(path)
+    assert its_tokenizer.to_str() == tokenizer.to_str()
+    assert loaded.config == packed.config
+    tokens = torch.randint(97, (2, 9))
+    with torch.inference_mode():
+        assert torch.equal(loaded(tokens), packed(tokens))
+        caches = [m.new_cache(2, 12) for m in (loaded, packed)]
+        for m, cache in zip((loaded, packed), caches, strict=True):
+            m(tokens, cache)
+        assert torch.equal(loaded(tokens[:, :1], caches[0]), packed(tokens[:, :1], caches[1]))
+    again = tmp_path / "again.safetensors"
+    save_packed(loaded, its_tokenizer, again, format=format, recipe={"name": "BitNet"})
+    assert again.read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.safetensors", "m.safetensors"]
+
+
+def test_the_safetensors_library_reads_it(file: Path) -> None:
+    theirs = load_file(file)
+    ours, _ = load_packed(file)
+    stored = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+    assert set(theirs) == set(stored)
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, stored[name]), name
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load_packed(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(file: Path) -> None:
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    choose = random.Random(0)
+    damaged = file.with_name("damaged.safetensors")
+    for trial in range(200):
+        content = bytearray(whole)
+        kind = trial % 4
+        if kind == 0:
+            content = content[: choose.randrange(len(content))]
+        elif kind == 1:
+            content += bytes(choose.randrange(1, 100))
+        else:
+            at = choose.randrange(header) if kind == 2 else choose.randrange(header, len(content))
+            content[at] ^= 1 << choose.randrange(8)
+        damaged.write_bytes(content)
+        refused(damaged)
+
+
+def edited(file: Path, **changes: object) -> Path:
+    """The file with another header, its digest made right again: damage that only checks of sense can find."""
+    whole = file.read_bytes()
+    n = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + n])
+    description = json.loads(header["__metadata__"]["bitnet"])
+    for path, value in changes.items():
+        target = description if path.split("__")[0] in description else header
+        *parents, leaf = path.split("__")
+        for key in parents:
+            target = target[key]
+        target[leaf] = value
+    header["__metadata__"] = {"bitnet": json.dumps(description), "sha256": "0" * 64}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = len(text).to_bytes(8, "little")
+    text = with_seal(text, "0" * 64, seal_of(length, text))
+    new = file.with_name("edited.safetensors")
+    new.write_bytes(length + text + whole[8 + n :])
+    return new
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format_version": 2},
+        {"config__n_layers": 10**9},
+        {"config__n_layers": 1},
+        {"config__dim": 2**40},
+        {"config__dim": -96},
+        {"config__dim": "96"},
+        {"config__vocab_size": 98},
+        {"config": {}},
+        {"config": None},
+        {"config__surprise": 1},
+        {"head": "int8"},
+        {"head": "pickle"},
+        {"layers": {}},
+        {"layers": {"layers.0.attention.wq": ["ternary2", 8]}},
+        {"layers": {"../../etc/passwd": ["ternary2", 8]}},
+        {"digests": {}},
+        {"tokenizer": "{}"},
+        {"tokenizer": None},
+    ],
+    ids=str,
+)
+def test_headers_that_make_no_sense(file: Path, changes: dict[str, object]) -> None:
+    refused(edited(file, **changes))
+
+
+def test_unknown_forms_and_sizes(file: Path) -> None:
+    description = json.loads(
+        json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])["__metadata__"]["bitnet"]
+    )
+    for form in (["int2", 8], ["binary1", 8], ["ternary2", 3], ["ternary2"], "ternary2", 7):
+        layers = {**description["layers"], "layers.0.attention.wq": form}
+        refused(edited(file, layers=layers))
+
+
+def test_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    assert "cannot be read" in refused(path)
+    for content in (b"", b"1234567", b"\xff" * 64, (2**63).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{}"):
+        path.write_bytes(content)
+        refused(path)
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3)}, path)
+    assert "not one that 'bitnet pack' wrote" in refused(path)
+
+
+def test_a_format_that_cannot_hold_the_levels(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    packed = pack(low_bit_model())
+    with pytest.raises(UserError, match="use ternary2"):
+        save_packed(packed, tokenizer, tmp_path / "m.safetensors", format="binary1")
+    with pytest.raises(UserError, match="must be one of"):
+        save_packed(packed, tokenizer, tmp_path / "m.safetensors", format="q4")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_packed(packed, tokenizer, tmp_path / "absent" / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_and_inspect(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verify(read_header(file))
+    assert main(["inspect", str(file), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "every digest is right" in printed
+    assert "packed weights (ternary2)" in printed
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert main(["inspect", str(file)]) == 0  # the header alone is whole
+    assert main(["inspect", str(file), "--verify"]) == 2
+    assert "the digest of" in capsys.readouterr().err
+
+
+MEASURE = """
+import sys, torch
+
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+
+before = peak()
+from bitnet.inference.files import load_packed
+model, tokenizer = load_packed(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to read the peak of memory")
+@pytest.mark.parametrize("format", ["ternary2", "ternary_base3"])
+def test_loading_takes_the_file_and_64_mb(format: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    sizes = {"dim": 1024, "ffn_dim": 2816, "n_layers": 6, "n_heads": 16, "vocab_size": 16_384, "init_std": 0.02}
+    path = tmp_path / "m.safetensors"
+    save_packed(pack(low_bit_model(**sizes), head="float16"), tokenizer, path, format=format)
+    resident = path.stat().st_size
+    if format == "ternary_base3":
+        resident = int(resident * 2 / 1.6)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert int(done.stdout) < resident + 64e6, f"{int(done.stdout) / 1e6:.0f} MB for {resident / 1e6:.0f} MB"

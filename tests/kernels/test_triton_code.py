@@ -1,0 +1,84 @@
+"""Machine code of the Triton kernels, compiled here for sm_80, 89, 90 and 100: no stack, matrix units, wide copies."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitnet_kernels.configurations import SHARED_KB, Shape, shared_bytes, table
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_ahead.py"))], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_all_were_compiled(compiled) -> None:
+    assert len([r for r in compiled if r["kernel"] == "matmul"]) == 4 * 8 + 2
+    assert {r["arch"] for r in compiled if r["kernel"] == "norm"} == {80, 89, 90, 100}
+
+
+def test_no_stack_no_spills(compiled) -> None:
+    for row in compiled:
+        assert row["stack"] == 0, row
+        assert row["spills"] == 0, row
+        assert row["registers"] <= 255, row
+
+
+def test_shared_memory_fits_and_is_foreseen(compiled) -> None:
+    for row in compiled:
+        assert row["shared"] <= SHARED_KB[row["arch"]] * 1024, row
+        if row["kernel"] == "matmul":
+            planes = 8 // row["bits"]
+            tile = table(Shape(row["arch"], row["m"], 4096, 14336 // planes), planes)
+            assert row["shared"] <= shared_bytes(tile, planes, row["arch"]) * 1.1, row
+
+
+def test_int8_matrix_units_and_copies_of_16_bytes(compiled) -> None:
+    for row in compiled:
+        if row["kernel"] == "matmul":
+            assert row["ptx_int8_matrix"] > 0, row
+            assert row["int8_matrix"] > 0, row
+        assert row["copies_of_16_bytes"] > 0, row
+
+
+def test_no_multiply_and_add_is_fused(compiled) -> None:
+    """What the CPU rounds twice is rounded twice. The assembler's own steps inside a division are not in the PTX."""
+    assert [r["ptx_fused_multiply_add"] for r in compiled] == [0] * len(compiled)
+
+
+def test_ptx_saves_integer_work(compiled) -> None:
+    for bits in (2, 1):
+        by_asm = {
+            r["asm"]: r
+            for r in compiled
+            if r["kernel"] == "matmul" and r["arch"] == 90 and r["m"] == 1 and r["bits"] == bits
+        }
+        assert by_asm[True]["integer"] * 2 < by_asm[False]["integer"]
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_KB))
+@pytest.mark.parametrize("planes", [4, 8])
+def test_every_entry_of_the_table_fits(arch: int, planes: int) -> None:
+    for m in (1, 7, 16, 17, 33, 64, 65, 2048):
+        for n in (64, 2560, 28672):
+            for k in (256, 2560, 14336):
+                tile = table(Shape(arch, m, n, k // planes), planes)
+                assert shared_bytes(tile, planes, arch) <= SHARED_KB[arch] * 1024
+                assert tile.tokens >= 16
+                assert tile.stages >= 2
