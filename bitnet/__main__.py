@@ -200,7 +200,15 @@ def bench_kernels(args: argparse.Namespace) -> None:
 
     _set_threads(args.threads)
     try:
-        run(args.shapes, args.m, device=args.device, formats=args.formats, json_file=args.json, plot=args.plot)
+        run(
+            args.shapes,
+            args.m,
+            device=args.device,
+            formats=args.formats,
+            tune=args.tune,
+            json_file=args.json,
+            plot=args.plot,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -224,6 +232,7 @@ def bench_decode(args: argparse.Namespace) -> None:
         threads=args.threads,
         tokens=args.tokens,
         prompt_tokens=args.prompt_tokens,
+        depth=args.depth,
         head=args.head,
         device=args.device,
         json_file=args.json,
@@ -316,6 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--m", type=_numbers, default=[1, 4, 16, 64, 512, 2048], metavar="M,M", help="numbers of tokens")
     p.add_argument("--formats", default="ternary2,binary1", help="packed formats to time")
     p.add_argument("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
+    p.add_argument("--tune", action="store_true", help="first look for faster tiles on this GPU, and remember them")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--json", metavar="FILE", help="write the figures")
     p.add_argument("--plot", metavar="FILE", help="draw them under the roofline of this machine (.png or .svg)")
@@ -324,8 +334,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=bench_decode)
     p.add_argument("model", help="packed model, config file or name of a shipped config")
     p.add_argument("--threads", type=_numbers, default=None, metavar="T,T", help="CPU threads, one run each")
-    p.add_argument("--tokens", type=int, default=128, help="tokens to decode")
-    p.add_argument("--prompt_tokens", type=int, default=256, help="tokens to prefill")
+    p.add_argument("--tokens", type=int, help="tokens to decode (default: 128, or what the context holds)")
+    p.add_argument("--prompt_tokens", type=int, help="tokens to prefill (default: 256, likewise)")
+    p.add_argument("--depth", type=int, default=0, help="tokens that are in the cache when decoding begins")
     p.add_argument("--head", choices=HEAD_NAMES, default="int8", help="embedding and head of a config's model")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--json", metavar="FILE", help="write the figures")

@@ -42,10 +42,14 @@ class StaticCache(KVCache):
 
 
 class GraphDecoder:
-    """Token ids (B, 1) -> logits (B, V); continues ``cache``. Off a GPU the same steps run without a graph."""
+    """Token ids (B, 1) -> logits (B, V); continues ``cache``.
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    Off a GPU, or without ``capture``, the same steps run one by one.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, capture: bool = True) -> None:
         self.model, self.cache = model, cache
+        self.capture = capture and cache.keys.is_cuda
         self.token = torch.zeros(cache.keys.shape[1], 1, dtype=torch.int64, device=cache.keys.device)
         self._steps: dict[int, tuple[StaticCache, torch.cuda.CUDAGraph | None, Tensor | None]] = {}
 
@@ -72,7 +76,7 @@ class GraphDecoder:
 
     def _capture(self, span: int) -> tuple[StaticCache, torch.cuda.CUDAGraph | None, Tensor | None]:
         static = StaticCache(self.cache, span)
-        if not self.token.is_cuda:
+        if not self.capture:
             return static, None, None
         static.place.fill_(self.cache.length)
         # Kernels are compiled and libraries initialized before the capture; what this writes, the replay overwrites.

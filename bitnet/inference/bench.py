@@ -1,4 +1,7 @@
-"""``bitnet bench decode``: tokens per second and peak memory of a whole packed model, one fresh process per setting."""
+"""``bitnet bench decode``: tokens per second and peak memory of a whole packed model, one fresh process per setting.
+
+As other engines do, it times a prompt into an empty cache, and tokens one by one behind ``depth`` others.
+"""
 
 import dataclasses
 import json
@@ -62,13 +65,50 @@ def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTr
 
 def _peak_mb() -> float:
     """Largest resident set of this process so far."""
-    import resource
+    try:  # the kernel's own mark begins with the program; getrusage inherits that of the parent
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _next_token(logits: Tensor) -> Tensor:
+    token = logits.argmax(dim=-1, keepdim=True)
+    if token.is_cuda:
+        torch.cuda.synchronize()
+    return token
+
+
+def _prefill_speed(model: PackedTransformer, ids: Tensor) -> float:
+    """Tokens per second of a prompt into an empty cache."""
+    cache = model.new_cache(1, ids.shape[1])
+    start = time.perf_counter()
+    _next_token(prefill(model, ids, cache))
+    return ids.shape[1] / (time.perf_counter() - start)
+
+
+def _decode_speed(model: PackedTransformer, ids: Tensor, tokens: int) -> float:
+    """Tokens per second, one after another behind ``ids``."""
+    cache = model.new_cache(1, ids.shape[1] + 1 + tokens)
+    decode = decoder_of(model, cache)
+    token = _next_token(decode(_next_token(prefill(model, ids, cache))))  # the first step compiles, or captures a graph
+    start = time.perf_counter()
+    for _ in range(tokens):
+        token = _next_token(decode(token))
+    return tokens / (time.perf_counter() - start)
 
 
 def _measure(
-    source: str | dict[str, Any], weight: str, head: HeadDtype, threads: int, tokens: int, prompt: int, device: str
+    source: str | dict[str, Any],
+    weight: str,
+    head: HeadDtype,
+    threads: int,
+    tokens: int,
+    prompt: int,
+    depth: int,
+    device: str,
 ) -> dict[str, float]:
     """Runs in a process of its own, which imports and loads before anything is timed."""
     idle = _peak_mb()
@@ -76,29 +116,13 @@ def _measure(
     model = load_packed(source)[0] if isinstance(source, str) else random_packed(ModelConfig(**source), weight, head)
     loaded = _peak_mb()
     model = model.to(device)
-    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(
+        model.config.vocab_size, (1, max(prompt, depth + 1)), generator=torch.Generator().manual_seed(0)
+    ).to(device)
 
-    def finish(logits: Tensor) -> Tensor:
-        token = logits.argmax(dim=-1, keepdim=True)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return token
-
-    prefills, decodes = [], []
     with torch.inference_mode():
-        for repeat in range(REPEATS + 1):
-            cache = model.new_cache(1, prompt + tokens)
-            start = time.perf_counter()
-            token = finish(prefill(model, ids, cache))
-            prefills.append(prompt / (time.perf_counter() - start))
-            decode = decoder_of(model, cache)
-            if repeat == 0 and device != "cpu":
-                token = finish(decode(token))  # captures the graph
-                continue
-            start = time.perf_counter()
-            for _ in range(tokens):
-                token = finish(decode(token))
-            decodes.append(tokens / (time.perf_counter() - start))
+        prefills = [_prefill_speed(model, ids[:, :prompt]) for _ in range(REPEATS + 1)]
+        decodes = [_decode_speed(model, ids[:, : depth + 1], tokens) for _ in range(REPEATS + 1)]
     return {
         "decode_tokens_per_s": statistics.median(decodes[-REPEATS:]),
         "prefill_tokens_per_s": statistics.median(prefills[-REPEATS:]),
@@ -113,8 +137,9 @@ def bench_decode(
     shape: tuple[ModelConfig, str] | None = None,
     *,
     threads: list[int] | None = None,
-    tokens: int = 128,
-    prompt_tokens: int = 256,
+    tokens: int | None = None,
+    prompt_tokens: int | None = None,
+    depth: int = 0,
     head: HeadDtype = "int8",
     device: str = "cpu",
     json_file: str | None = None,
@@ -125,10 +150,15 @@ def bench_decode(
     if shape and weight not in ("ternary", "binary"):
         raise UserError(f"{model}: its weights are of the kind {weight!r}; ternary or binary ones can be packed.")
     source = dataclasses.asdict(config) if shape else model
-    if tokens < 1 or prompt_tokens < 1 or prompt_tokens + tokens > config.max_seq_len:
+    context = config.max_seq_len
+    tokens = min(128, context - depth - 2) if tokens is None else tokens
+    prompt_tokens = min(256, context) if prompt_tokens is None else prompt_tokens
+    if tokens < 1 or prompt_tokens < 1 or depth < 0:
+        raise UserError(f"--tokens {tokens}, --prompt_tokens {prompt_tokens}, --depth {depth}: too small.")
+    if max(prompt_tokens, depth + 2 + tokens) > context:
         raise UserError(
-            f"--prompt_tokens {prompt_tokens} and --tokens {tokens}: must be at least 1 and fit the context of "
-            f"{config.max_seq_len} tokens together."
+            f"--prompt_tokens {prompt_tokens}, and --depth {depth} with --tokens {tokens}: the context of the model "
+            f"holds {context}."
         )
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: must be cpu{', or cuda' if torch.cuda.is_available() else ' here'}.")
@@ -138,7 +168,7 @@ def bench_decode(
         task = bar.add_task("decoding", total=len(settings))
         for n in settings:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                job = pool.submit(_measure, source, weight, head, n, tokens, prompt_tokens, device)
+                job = pool.submit(_measure, source, weight, head, n, tokens, prompt_tokens, depth, device)
                 results[str(n)] = job.result()
             bar.advance(task)
     what = describe_device(torch.device(device))
@@ -154,6 +184,7 @@ def bench_decode(
     Console(highlight=False, width=100).print(table)
     content = {
         "model": model, "device": what, "torch": torch.__version__, "tokens": tokens, "prompt_tokens": prompt_tokens,
+        "depth": depth,
         "threads": results,
     }  # fmt: skip
     if json_file:

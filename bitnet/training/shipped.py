@@ -23,6 +23,10 @@ def shipped_configs() -> dict[str, Path]:
 def find_config(name: str) -> Path:
     """The file ``name``, or the shipped config of that name (with or without configs/ and .yaml)."""
     if Path(name).is_file():
+        try:
+            Path(name).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"--config {name}: not a text file; a YAML config is needed.") from error
         return Path(name)
     shipped = shipped_configs()
     short = name.removeprefix("configs/").removesuffix(".yaml")

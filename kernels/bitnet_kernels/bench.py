@@ -275,8 +275,8 @@ def draw(results: list[Result], limits: dict[str, float], title: str, file: str)
     bandwidth, rate = limits["gigabytes_per_s"], limits["tera_operations_per_s"]
     ridge = rate * 1e3 / bandwidth
     axes.plot([low, ridge, max(high, ridge * 2)], [low * bandwidth / 1e3, rate, rate], color="0.2", lw=1.5)
-    axes.text(low * 1.05, low * bandwidth / 1e3 * 1.25, f"{bandwidth:,.0f} GB/s", rotation=30, fontsize=8)
-    axes.text(max(high, ridge * 2), rate * 1.06, f"{rate:,.2f} TOPS", ha="right", fontsize=8)
+    axes.text(low * 1.05, low * bandwidth / 1e3 * 2, f"{bandwidth:,.0f} GB/s", fontsize=8)
+    axes.text(max(high, ridge * 2), rate * 1.15, f"{rate:,.2f} TOPS", ha="right", fontsize=8)
     for method, colour in COLOURS.items():
         mine = [r for r in points if r.method == method]
         axes.scatter(
@@ -312,6 +312,7 @@ def bench_kernels(
     *,
     device: str | None = None,
     formats: str = "ternary2,binary1",
+    tune: bool = False,
     json_file: str | None = None,
     plot: str | None = None,
 ) -> list[Result]:
@@ -327,7 +328,14 @@ def bench_kernels(
         raise ValueError(f"--formats {formats}: must be among {', '.join(n for n, f in FORMATS.items() if f.planes)}")
     parsed = parse_shapes(shapes)
     where = torch.device(wanted)
+    if tune and wanted != "cuda":
+        raise ValueError("--tune measures Triton tiles and needs --device cuda; a CPU has nothing to tune")
     with torch.inference_mode():
+        if tune:
+            from bitnet_kernels.tuning import tune as tune_tiles
+
+            for name in names:
+                tune_tiles(parsed, tokens, name)
         results, limits = measure(parsed, tokens, names, where)
     title = f"packed products on {describe_device(where)}"
     _print(results, limits, title)

@@ -90,6 +90,12 @@ def _tuned() -> dict[str, Tile]:
         return {}
 
 
+def forget() -> None:
+    """Read the file of tuned tiles anew at the next choice."""
+    _tuned.cache_clear()
+    choose.cache_clear()
+
+
 def key_of(shape: Shape, planes: int) -> str:
     """The name of a shape in the file of tuned tiles."""
     return f"sm{shape.arch} planes{planes} m{token_bucket(shape.m)} n{shape.n} b{shape.row_bytes}"

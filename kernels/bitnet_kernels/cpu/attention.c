@@ -24,6 +24,15 @@ INLINE float dot_floats(const float *a, const float *b, int64_t k) {
     return sum16(sum) + rest;
 }
 
+// `vectors` times 16 elements of the mean of values, weighted by p.
+INLINE void weigh(
+    const float *values, int64_t stride, const float *p, int64_t n, float total, const int vectors, float *out) {
+    vec16 sum[4] = {0};
+    for (int64_t s = 0; s < n; s++)
+        for (int c = 0; c < vectors; c++) sum[c] += p[s] * *(const vec16 *)(values + s * stride + c * 16);
+    for (int c = 0; c < vectors; c++) *(vec16 *)(out + c * 16) = sum[c] / total;
+}
+
 INLINE void one_head(const attention_args *a, int64_t pair, float *p) {
     const int64_t t = pair / a->heads, h = pair % a->heads, K = a->head_dim;
     const int64_t at = t * a->sequence_stride + h / (a->heads / a->kv_heads) * a->head_stride;
@@ -40,12 +49,14 @@ INLINE void one_head(const attention_args *a, int64_t pair, float *p) {
     float total = 0;
     for (int64_t s = 0; s < n; s++) total += p[s];
     float *out = a->out + t * a->heads * K + h * K;
-    for (int64_t i = 0; i < K; i++) out[i] = 0;
-    for (int64_t s = 0; s < n; s++) {
-        const float *v = values + s * a->token_stride;
-        for (int64_t i = 0; i < K; i++) out[i] += p[s] * v[i];
+    int64_t i = 0;
+    for (; i + 64 <= K; i += 64) weigh(values + i, a->token_stride, p, n, total, 4, out + i);
+    for (; i + 16 <= K; i += 16) weigh(values + i, a->token_stride, p, n, total, 1, out + i);
+    for (; i < K; i++) {
+        float sum = 0;
+        for (int64_t s = 0; s < n; s++) sum += p[s] * values[s * a->token_stride + i];
+        out[i] = sum / total;
     }
-    for (int64_t i = 0; i < K; i++) out[i] /= total;
 }
 
 #define HEADS(NAME, TARGET)                                                                                            \

@@ -4,11 +4,15 @@
 #include <math.h>
 
 typedef float vec16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
+// The sum of the lanes, by halves.
 INLINE float sum16(vec16 v) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += v[i];
-    return sum;
+    union { vec16 whole; vec8 half[2]; } a = {v};
+    union { vec8 whole; vec4 half[2]; } b = {a.half[0] + a.half[1]};
+    const vec4 c = b.half[0] + b.half[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
 INLINE float power_of_2(int32_t e) {

@@ -1,0 +1,139 @@
+"""Everything that wants a GPU, in one call of less than ten minutes: tests, kernels, a whole model and its bf16 twin.
+
+    python benchmarks/gpu.py --out benchmarks/results            # on a machine with CUDA
+    python benchmarks/gpu.py --out /tmp/dry --dry_run            # anywhere: the same steps, small, on the CPU
+
+Each step writes its own file and says how it ended; a step that fails does not stop the others, but the exit code is 1.
+Needs torch, triton, numpy, rich, matplotlib, tokenizers and pytest with hypothesis; no network.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+BITNET_2B = {
+    "vocab_size": 128_256, "dim": 2560, "n_layers": 30, "n_heads": 20, "n_kv_heads": 5, "ffn_dim": 6912,
+    "max_seq_len": 1024, "activation": "relu2", "sub_norm": True, "tie_embeddings": True,
+}  # fmt: skip
+SMALL = {**BITNET_2B, "vocab_size": 512, "dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256}
+
+
+def run_tests(out: Path, dry: bool) -> dict[str, Any]:
+    """The kernel tests on the device, and packed models against training."""
+    targets = ["tests/kernels/test_triton_numbers.py", "tests/inference/test_gpu.py"]
+    env = {**os.environ, "TRITON_INTERPRET": "1" if dry else "0"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *targets]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    (out / "tests.txt").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout[-1500:]
+    return {"summary": next(line for line in reversed(done.stdout.splitlines()) if " in " in line and "passed" in line)}
+
+
+def bench_kernels(out: Path, dry: bool) -> dict[str, Any]:
+    from bitnet_kernels.bench import bench_kernels as run
+
+    shapes, tokens = ("64x256,300x500", [1, 4]) if dry else ("2560x2560,2560x6912,4096x14336", [1, 16, 64, 256, 2048])
+    results = run(
+        shapes, tokens, device="cpu" if dry else "cuda", json_file=str(out / "kernels.json"),
+        plot=str(out / "kernels.png"), tune=not dry,
+    )  # fmt: skip
+    return {"measured": len(results)}
+
+
+def decode_whole_model(out: Path, dry: bool) -> dict[str, Any]:
+    """Tokens per second of the packed model and of the same shape in bf16, both decoded from a CUDA graph."""
+    import torch
+
+    from bitnet.config import ModelConfig
+    from bitnet.generate import prefill
+    from bitnet.graph import GraphDecoder
+    from bitnet.inference.bench import random_packed
+    from bitnet.model import Transformer, without_memory
+
+    device, tokens = ("cpu", 4) if dry else ("cuda", 128)
+    config = ModelConfig(**(SMALL if dry else BITNET_2B))
+    figures: dict[str, Any] = {}
+
+    def speed(model: Transformer) -> float:
+        with torch.inference_mode():
+            cache = model.new_cache(1, 2 * tokens + 8)
+            token = prefill(model, torch.zeros(1, 4, dtype=torch.int64, device=device), cache).argmax(-1, keepdim=True)
+            decode = GraphDecoder(model, cache)
+            for _ in range(4):
+                token = decode(token).argmax(-1, keepdim=True)
+            start = time.perf_counter()
+            for _ in range(tokens):
+                token = decode(token).argmax(-1, keepdim=True)
+            int(token)
+            return tokens / (time.perf_counter() - start)
+
+    for head in ("int8", "bfloat16"):
+        model = random_packed(config, "ternary", head).to(device)
+        for module in model.modules():
+            if module.__class__.__name__ == "RMSNorm":
+                module.to(torch.float32 if dry else torch.bfloat16)
+        stored = sum(b.numel() * b.element_size() for b in [*model.parameters(), *model.buffers()])
+        figures[f"packed_{head}_head"] = {"tokens_per_s": speed(model), "bytes": stored}
+        del model
+    with without_memory():
+        twin = Transformer(config)
+    twin = twin.to_empty(device=device).to(torch.float32 if dry else torch.bfloat16).eval()
+    for parameter in twin.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    stored = sum(p.numel() * p.element_size() for p in twin.parameters())
+    figures["twin_bf16"] = {"tokens_per_s": speed(twin), "bytes": stored}
+    (out / "decode.json").write_text(json.dumps(figures, indent=1))
+    return figures
+
+
+STEPS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "tests": run_tests,
+    "kernels": bench_kernels,
+    "decode": decode_whole_model,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--dry_run", action="store_true", help="small shapes on the CPU: does every step run?")
+    parser.add_argument("--steps", default=",".join(STEPS), help="which steps")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    device = "cpu (dry run)" if args.dry_run else torch.cuda.get_device_name()
+    report: dict[str, Any] = {
+        "device": device,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+    failed = False
+    for name in args.steps.split(","):
+        start = time.perf_counter()
+        try:
+            report[name] = STEPS[name](args.out, args.dry_run)
+        except Exception as error:
+            report[name] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+            failed = True
+        report[name]["seconds"] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {json.dumps(report[name])[:600]}", flush=True)
+        (args.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
