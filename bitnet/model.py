@@ -286,17 +286,23 @@ class Transformer(nn.Module):
                 raise ValueError(f"{T} tokens exceed the limit of {self.config.max_seq_len}.")
             places = positions = torch.arange(T, device=tokens.device)
             mask = None if document_ids is None else same_document(positions, document_ids)
+        elif document_ids is not None:
+            raise ValueError("document_ids are for whole sequences; a cache holds one document.")
         else:
             places = cache.places(T)
             mask = cache.visible(places)
             positions = places if cache.first is None else (places - cache.first[:, None, None]).clamp_(min=0)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.dropout(self.tok_embeddings(tokens))
+        x = self.embed(tokens)
         for layer, block in enumerate(self.layers):
             x = block(x, angles, mask, cache, layer)
         if cache is not None:
             cache.advance(T)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))  # type: ignore[no-any-return]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (...) -> the residual stream before the first block, (..., D)."""
+        return self.dropout(self.tok_embeddings(tokens))  # type: ignore[no-any-return]
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
         weight = self.norm.weight  # every stored form of a model has it

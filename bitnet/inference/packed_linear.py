@@ -4,6 +4,7 @@
 summed in int32, divided once by both scales. Its scale is stored and never derived again from the weights.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -68,6 +69,12 @@ class PackedLinear(nn.Module):
             new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         return new
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        inv_scale = self.inv_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.inv_scale = inv_scale.to(self.inv_scale.device)  # stored, not computed: no dtype of the model rounds it
+        return self
+
     def weight_levels(self) -> Tensor:
         """The weights as int8 (N, K), unpacked."""
         return FORMATS[self.format].unpack(self.packed, self.out_features, self.in_features)
@@ -121,6 +128,13 @@ class Table(nn.Module):
             weight = (weight.float() / new.scale[:, None]).round_()
         new.weight = weight.to(new.weight.dtype)
         return new
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Table":
+        weight, scale = self.weight, self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight = weight.to(self.weight.device)  # stored in a dtype of its own
+        self.scale = None if scale is None else scale.to(self.weight.device)
+        return self
 
     def rows(self, which: Tensor | slice) -> Tensor:
         """The chosen rows in float32."""

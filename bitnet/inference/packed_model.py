@@ -146,6 +146,9 @@ class PackedTransformer(Transformer):
                 )
         return self._decoder
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        return super().embed(tokens).to(self.norm.weight.dtype)  # a stored table gives float32
+
     @staticmethod
     def _decodes_natively(cache: KVCache) -> bool:
         return not torch.is_grad_enabled() and attends_natively(cache.keys) and cache.length < cache.max_len
@@ -162,7 +165,7 @@ class PackedTransformer(Transformer):
         decoder = self._native_decoder()
         if decoder is None or not decoder.can_decode(tokens.shape[0]):
             return super().forward(tokens, cache, document_ids, last_only)
-        x = self.tok_embeddings(tokens[:, 0])
+        x = self.embed(tokens[:, 0])
         positions = torch.tensor([cache.length]) if cache.first is None else cache.length - cache.first
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         decoder(x, cos, sin, cache.keys, cache.values, cache.length, cache.first)

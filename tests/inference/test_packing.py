@@ -212,6 +212,26 @@ def test_packed_weights_are_those_of_the_model() -> None:
             assert float(served.inv_scale) == float(inv_scale)
 
 
+@pytest.mark.parametrize("head", ["float32", "int8"])
+def test_a_dtype_of_the_model_does_not_touch_what_is_stored(head: str) -> None:
+    packed, reference = pack(low_bit_model(), head=head), pack(low_bit_model(), head=head)
+    packed = packed.bfloat16()
+    for name, layer in reference.named_modules():
+        if isinstance(layer, PackedLinear):
+            assert torch.equal(packed.get_submodule(name).inv_scale, layer.inv_scale)
+    if head == "int8":
+        assert torch.equal(packed.lm_head.table.scale, reference.lm_head.table.scale)
+        assert packed.lm_head.table.weight.dtype == torch.int8
+    tokens = torch.randint(97, (2, 12))
+    with torch.inference_mode():
+        logits, expected = packed(tokens), reference(tokens)
+        cache = packed.new_cache(2, 20)
+        packed(tokens, cache)
+        packed(tokens[:, :1], cache)
+    assert packed.layers[0].attention_norm.weight.dtype == torch.bfloat16
+    assert float((logits.float() - expected).abs().mean()) < 0.1 * float(expected.std())
+
+
 def test_a_float_model_has_nothing_to_pack() -> None:
     with pytest.raises(UserError, match="nothing to pack"):
         pack(low_bit_model(weight="none", act_bits="none"))
