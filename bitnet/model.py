@@ -67,10 +67,15 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each float32 (..., K), of the rotary embedding at ``positions`` (...) (arXiv 2104.09864)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions.float()[..., None] * (1.0 / theta**exponent)
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Radians per position of each pair, float32 (K / 2,), of the rotary embedding (arXiv 2104.09864)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return 1.0 / theta**exponent
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each float32 (..., K), of the rotary embedding at ``positions`` (...)."""
+    angles = positions.float()[..., None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -292,7 +297,8 @@ class Transformer(nn.Module):
             places = cache.places(T)
             mask = cache.visible(places)
             positions = places if cache.first is None else (places - cache.first[:, None, None]).clamp_(min=0)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)
+        angles = rotary_angles(positions, frequencies)
         x = self.embed(tokens)
         for layer, block in enumerate(self.layers):
             x = block(x, angles, mask, cache, layer)

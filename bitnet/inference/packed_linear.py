@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from bitnet.layers.bit_linear import ActBits, BitLinear
 from bitnet.quantizers import ACTIVATION_QUANTIZERS
-from bitnet_kernels import FORMATS, packed_matmul, rms_norm_quantize
-from bitnet_kernels.cpu.native import wide_matmul
+from bitnet_kernels import FORMATS, packed_matmul, rms_norm_quantize, wide_matmul
 
 HeadDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -168,9 +167,7 @@ class StoredHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, scale = self.table.weight, self.table.scale
         flat = x.reshape(-1, x.shape[-1])
-        y = None
-        if flat.shape[0] <= self.FEW and flat.is_cpu and weight.dtype != torch.bfloat16:
-            y = wide_matmul(flat.float().contiguous(), weight, scale)
+        y = wide_matmul(flat, weight, scale) if flat.shape[0] <= self.FEW else None
         if y is None:
             y = flat.new_empty(flat.shape[0], weight.shape[0], dtype=torch.float32)
             for start in range(0, weight.shape[0], self.CHUNK):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.inference.packed_linear import HeadDtype, PackedLinear, QuantizedRows
-from bitnet.model import Block, KVCache, Transformer, attends_natively, rotary_angles
+from bitnet.model import Block, KVCache, Transformer, attends_natively, rotary_angles, rotary_frequencies
 from bitnet_kernels import FORMATS
 from bitnet_kernels.cpu import native
 from bitnet_kernels.cpu.decoder import Decoder, Readers
@@ -119,6 +119,7 @@ class PackedTransformer(Transformer):
     """How embedding and head are stored."""
     _decoder: Decoder | None = None
     _decoder_is_made = False
+    _frequencies: Tensor
 
     def join_blocks(self) -> "PackedTransformer":
         """Turn plain blocks into ``PackedBlock``, once their linears are in place."""
@@ -135,10 +136,14 @@ class PackedTransformer(Transformer):
         if not self._decoder_is_made:
             self._decoder, self._decoder_is_made = None, True
             layers = [block.readers() for block in self.layers]  # type: ignore[operator]
-            if native.library() is not None and all(layer is not None for layer in layers):
-                config = self.config
+            norm, config = self.norm, self.config
+            plain = norm.weight.dtype == torch.float32 and native.sums_like_torch(config.dim)
+            if plain and all(layer is not None for layer in layers):
+                self._frequencies = rotary_frequencies(config.head_dim, config.rope_theta, norm.weight.device)
                 self._decoder = Decoder(
                     layers,
+                    norm.weight,
+                    norm.eps,
                     heads=config.n_heads,
                     kv_heads=config.kv_heads,
                     head_dim=config.head_dim,
@@ -167,7 +172,7 @@ class PackedTransformer(Transformer):
             return super().forward(tokens, cache, document_ids, last_only)
         x = self.embed(tokens[:, 0])
         positions = torch.tensor([cache.length]) if cache.first is None else cache.length - cache.first
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_angles(positions, self._frequencies)
         decoder(x, cos, sin, cache.keys, cache.values, cache.length, cache.first)
         cache.advance(1)
-        return self.lm_head(self.norm(x.unsqueeze(1)))  # type: ignore[no-any-return]
+        return self.lm_head(x.unsqueeze(1))  # type: ignore[no-any-return]

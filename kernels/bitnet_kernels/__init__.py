@@ -12,4 +12,5 @@ from bitnet_kernels.formats import unpack_ternary2 as unpack_ternary2
 from bitnet_kernels.formats import unpack_ternary_base3 as unpack_ternary_base3
 from bitnet_kernels.ops import packed_matmul as packed_matmul
 from bitnet_kernels.ops import rms_norm_quantize as rms_norm_quantize
+from bitnet_kernels.ops import wide_matmul as wide_matmul
 from bitnet_kernels.reference import matmul_reference as matmul_reference

@@ -75,6 +75,23 @@ def rms_norm_quantize(x: Tensor, weight: Tensor | None, eps: float = 0.0) -> tup
     return torch.ops.bitnet_kernels.rms_norm_quantize(x, weight, eps)  # type: ignore[no-any-return]
 
 
+def wide_matmul(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor | None:
+    """The head of a model for a few tokens: x floating (M, K) times w (N, K) as stored -> float32 (M, N).
+
+    w is int8 with a float32 factor a row, or float16 or bfloat16; x is not rounded. ``None`` where there is no kernel
+    for it; then any product will do, since nothing here is exact.
+    """
+    if torch.compiler.is_compiling() or w.dtype not in (torch.int8, torch.float16, torch.bfloat16):
+        return None
+    if x.is_cuda:
+        from bitnet_kernels import triton_wide
+
+        return triton_wide.wide_matmul(x, w, scale)
+    if not _is_plain_cpu(x) or w.dtype == torch.bfloat16:
+        return None
+    return native.wide_matmul(x.float().contiguous(), w, scale)
+
+
 def _check(
     x: Tensor,
     packed: Tensor,

@@ -145,6 +145,19 @@ def test_ties_zeros_and_what_is_not_finite(kernels) -> None:
     assert row_sum.tolist() == [127 + 2 + 2 - 2 - 2 + 126, 0, 0, 0, 127 * 8]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+def test_the_head(kernels, dtype: torch.dtype) -> None:
+    from bitnet_kernels.triton_wide import wide_matmul
+
+    device = kernels[2]
+    for m, n, k in ((1, 5, 7), (3, 40, 300), (2, 33, 600)):
+        x, w = torch.randn(m, k), random_int8(n, k, k).to(dtype)
+        scale = torch.rand(n) if dtype == torch.int8 else None
+        y = wide_matmul(x.to(device), w.to(device), None if scale is None else scale.to(device)).cpu().double()
+        expected = x.double() @ w.double().t() * (1.0 if scale is None else scale.double())
+        assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))  # a float32 sum
+
+
 def test_the_evaluator_knows_its_instructions() -> None:
     from tests.kernels.ptx_evaluator import evaluate
 

@@ -2,18 +2,9 @@
 //
 // Serves both sides, the model as it was trained and the packed one, whenever a single token is decoded on the CPU. Sums
 // have 16 lanes whatever the instruction set, and no fused multiply-add, so all builds give the same bits.
+#include "attention.h"
 #include "common.h"
 #include "floats.h"
-
-typedef struct {
-    const float *q;  // (M, H, K)
-    int64_t q_stride, m, heads, kv_heads, head_dim;
-    const float *keys, *values;  // token 0 of sequence 0, head 0
-    int64_t sequence_stride, head_stride, token_stride;
-    const int64_t *first;  // (M): the first token that each sequence sees, or null for token 0
-    int64_t tokens;
-    float *out;  // (M, H * K)
-} attention_args;
 
 INLINE float dot_floats(const float *a, const float *b, int64_t k) {
     vec16 sum = {0};
@@ -69,6 +60,16 @@ HEADS(heads_avx2, TARGET_AVX2)
 HEADS(heads_avx512, TARGET_AVX512)
 #endif
 
+// Heads `from` to `to`, counted over all sequences; `p` has room for the scores of a head.
+void bitnet_attend_heads(const attention_args *a, int64_t from, int64_t to, float *p, int isa) {
+#if defined(__x86_64__)
+    if (isa >= AVX512) return heads_avx512(a, from, to, p);
+    if (isa >= AVX2) return heads_avx2(a, from, to, p);
+#endif
+    (void)isa;
+    heads_portable(a, from, to, p);
+}
+
 // Returns 0, or 1 when there is no memory.
 int bitnet_attend(
     const float *q, int64_t q_stride, int64_t m, int64_t heads, int64_t kv_heads, int64_t head_dim, const float *keys,
@@ -84,14 +85,9 @@ int bitnet_attend(
     for (int part = 0; part < threads; part++) {
         const int64_t from = pairs * part / threads, to = pairs * (part + 1) / threads;
         float *p = aligned_alloc(64, ((size_t)tokens * 4 + 63) / 64 * 64);
-        if (!p) failed = 1;
-#if defined(__x86_64__)
-        else if (isa >= AVX512) heads_avx512(&a, from, to, p);
-        else if (isa >= AVX2) heads_avx2(&a, from, to, p);
-#endif
-        else heads_portable(&a, from, to, p);
+        if (p) bitnet_attend_heads(&a, from, to, p, isa);
+        else failed = 1;
         free(p);
     }
-    (void)isa;
     return failed;
 }

@@ -4,18 +4,23 @@
 //     x += w2(quantize(sub-norm(activation(gate) * up)))           gate|up = w1|w3 (quantize(norm x))
 //
 // A layer of a small model takes less time than the calls around it; here there are none.
+#include "attention.h"
 #include "common.h"
 #include "floats.h"
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
 
-int bitnet_packed_matmul(
-    const int8_t *, int64_t, int64_t, int64_t, const uint8_t *, int64_t, int64_t, int, const int32_t *, const float *,
-    const float *, int64_t, void *, int, int);
+int bitnet_matmul_share(
+    const int8_t *, int64_t, int64_t, const uint8_t *, int64_t, int64_t, int, const int32_t *, const float *, const float *,
+    int64_t, float *, int, int, int);
 int bitnet_norm_quantize(
     const float *, int64_t, int64_t, int64_t, const float *, const float *, float, int, int8_t *, float *, int32_t *, int,
     int);
-int bitnet_attend(
-    const float *, int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, int64_t, int64_t, int64_t,
-    const int64_t *, int64_t, float *, int, int);
+void bitnet_norm(const float *, int64_t, int64_t, const float *, float, int, float *);
 
 // The matrices that read one tensor, joined, and the norm before them. native.py mirrors these structs.
 typedef struct {
@@ -31,6 +36,8 @@ typedef struct { readers qkv, wo, gate_up, w2; } block;
 typedef struct {
     const block *blocks;
     int64_t layers, heads, kv_heads, head_dim;
+    const float *last_norm;  // (D), after the last block
+    float last_eps;
     int32_t silu;  // else relu2
     int32_t sum_lanes, exp_lanes, threads, isa;
 } decoder;
@@ -41,24 +48,31 @@ typedef struct {
     const int64_t *first;  // (M): first token that a sequence sees, or null
 } cache;
 
-// Buffers of a step: quantized activations, and float32 results.
+// What a thread has for itself: its place among the others, quantized activations, the activated gate, scores of a head.
 typedef struct {
+    int part, parts;
     int8_t *q;
     float *inv;
     int32_t *sum;
-    float *product;
-} work;
+    float *h, *p;
+} worker;
 
-// x (M, K) -> out (M, N), or out += the product.
-static int multiply(const decoder *d, const readers *r, const work *b, const float *x, int64_t m, float *out, int add) {
-    float *y = add ? b->product : out;
-    if (bitnet_norm_quantize(x, r->k, m, r->k, r->norm, NULL, r->eps, d->sum_lanes, b->q, b->inv, b->sum, d->threads, d->isa) ||
-        bitnet_packed_matmul(
-            b->q, r->k, m, r->k, r->w, r->row_bytes, r->n, (int)r->planes, b->sum, b->inv, r->w_inv, r->w_inv_stride, y,
-            d->threads, d->isa))
+// x (M, K) -> this thread's share of the columns of out (M, N), or that share added to out through `product`. Every
+// thread quantizes all of x: to wait for one that does it takes longer.
+static int multiply(
+    const decoder *d, const readers *r, const worker *b, const float *x, int64_t m, float *out, float *product) {
+    float *y = product ? product : out;
+    if (bitnet_norm_quantize(x, r->k, m, r->k, r->norm, NULL, r->eps, d->sum_lanes, b->q, b->inv, b->sum, 1, d->isa) ||
+        bitnet_matmul_share(
+            b->q, m, r->k, r->w, r->row_bytes, r->n, (int)r->planes, b->sum, b->inv, r->w_inv, r->w_inv_stride, y, b->part,
+            b->parts, d->isa))
         return 1;
-    if (add)
-        for (int64_t i = 0; i < m * r->n; i++) out[i] += y[i];
+    if (product) {
+        const int64_t strips = (r->n + STRIP - 1) / STRIP;
+        const int64_t from = strips * b->part / b->parts * STRIP, to = MIN(strips * (b->part + 1) / b->parts * STRIP, r->n);
+        for (int64_t t = 0; t < m; t++)
+            for (int64_t i = from; i < to; i++) out[t * r->n + i] += product[t * r->n + i];
+    }
     return 0;
 }
 
@@ -110,40 +124,67 @@ void bitnet_activate(const float *gate_up, int64_t m, int64_t f, int silu, int l
     activate_portable(gate_up, m, f, silu, lanes, h);
 }
 
-// x (M, D): embedded tokens in, what the last norm reads out. cos, sin: (M, K), or (K) where angle_stride is 0. Keys and
-// values of the tokens are written to the cache at `length`. Returns 0, or 1 when there is no memory.
+// Rotate what belongs to some key heads, put their keys and values into the cache, and attend. Heads of all sequences are
+// numbered together; a thread takes those that share a key head, so that it waits for nobody.
+static void attend(
+    const decoder *d, const cache *c, const worker *b, float *qkv, int64_t m, const float *cos, const float *sin,
+    int64_t angle_stride, float *keys, float *values, float *y) {
+    const int64_t H = d->heads, G = d->kv_heads, K = d->head_dim, group = H / G, width = (H + 2 * G) * K;
+    const attention_args a = {qkv, width, m, H, G, K, keys, values, c->sequence_stride, c->head_stride, c->token_stride,
+                              c->first, c->length + 1, y};
+    for (int64_t i = m * G * b->part / b->parts; i < m * G * (b->part + 1) / b->parts; i++) {
+        const int64_t t = i / G, g = i % G;
+        const float *angle_cos = cos + t * angle_stride, *angle_sin = sin + t * angle_stride;
+        float *row = qkv + t * width;
+        const int64_t at = t * c->sequence_stride + g * c->head_stride + c->length * c->token_stride;
+        for (int64_t h = g * group; h < (g + 1) * group; h++) rotate(row + h * K, K, angle_cos, angle_sin);
+        rotate(row + (H + g) * K, K, angle_cos, angle_sin);
+        memcpy(keys + at, row + (H + g) * K, (size_t)K * 4);
+        memcpy(values + at, row + (H + G + g) * K, (size_t)K * 4);
+        bitnet_attend_heads(&a, t * H + g * group, t * H + (g + 1) * group, b->p, d->isa);
+    }
+}
+
+// x (M, D), M <= TILE: embedded tokens in, the output of the last norm out. cos, sin: (M, K), or (K) where angle_stride
+// is 0. Keys and values of the tokens are written to the cache at `length`. Returns 0, or 1 when there is no memory.
 int bitnet_decode(
     const decoder *d, const cache *c, float *x, int64_t m, const float *cos, const float *sin, int64_t angle_stride) {
     const int64_t H = d->heads, G = d->kv_heads, K = d->head_dim, D = H * K, F = d->blocks->w2.k;
     const int64_t widest = D > F ? D : F;
-    const size_t floats = (size_t)m * (size_t)((H + 2 * G) * K + D + 2 * F + F + D + 1);
-    char *memory = aligned_alloc(64, (floats * 4 + (size_t)(m * (4 + widest)) + 127) / 64 * 64);
-    if (!memory) return 1;
-    float *const qkv = (float *)memory, *const y = qkv + m * (H + 2 * G) * K, *const gate_up = y + m * D;
-    float *const h = gate_up + m * 2 * F, *const product = h + m * F, *const inv = product + m * D;
-    int32_t *const sum = (int32_t *)(inv + m);
-    const work b = {(int8_t *)(sum + m), inv, sum, product};
+    float *const shared = aligned_alloc(64, ((size_t)(m * ((H + 2 * G) * K + 2 * D + 2 * F)) * 4 + 63) / 64 * 64);
+    if (!shared) return 1;
+    float *const qkv = shared, *const y = qkv + m * (H + 2 * G) * K, *const gate_up = y + m * D;
+    float *const product = gate_up + m * 2 * F;
     int failed = 0;
-    for (int64_t layer = 0; layer < d->layers && !failed; layer++) {
-        const block *w = d->blocks + layer;
-        float *keys = c->keys + layer * c->layer_stride, *values = c->values + layer * c->layer_stride;
-        failed = multiply(d, &w->qkv, &b, x, m, qkv, 0);
-        for (int64_t t = 0; t < m; t++) {
-            float *row = qkv + t * (H + 2 * G) * K;
-            for (int64_t i = 0; i < H + G; i++) rotate(row + i * K, K, cos + t * angle_stride, sin + t * angle_stride);
-            for (int64_t g = 0; g < G; g++) {
-                const int64_t at = t * c->sequence_stride + g * c->head_stride + c->length * c->token_stride;
-                memcpy(keys + at, row + (H + g) * K, (size_t)K * 4);
-                memcpy(values + at, row + (H + G + g) * K, (size_t)K * 4);
+#pragma omp parallel num_threads(d->threads) if (d->threads > 1) reduction(| : failed)
+    {
+        const size_t floats = (size_t)(m * F + c->length + 1 + 2 * m), bytes = floats * 4 + (size_t)(m * widest);
+        float *const own = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        float *const inv = own + m * F + c->length + 1;
+        int32_t *const sum = (int32_t *)(inv + m);
+        const worker b = {omp_get_thread_num(), omp_get_num_threads(), (int8_t *)(sum + m), inv, sum, own, own + m * F};
+        failed = !own;
+        for (int64_t layer = 0; layer < d->layers; layer++) {
+            const block *w = d->blocks + layer;
+            float *keys = c->keys + layer * c->layer_stride, *values = c->values + layer * c->layer_stride;
+            // A thread without memory leaves its share undone, but meets the others at every barrier.
+            if (!failed) failed = multiply(d, &w->qkv, &b, x, m, qkv, NULL);
+#pragma omp barrier
+            if (!failed) attend(d, c, &b, qkv, m, cos, sin, angle_stride, keys, values, y);
+#pragma omp barrier
+            if (!failed) failed = multiply(d, &w->wo, &b, y, m, x, product);
+#pragma omp barrier
+            if (!failed) failed = multiply(d, &w->gate_up, &b, x, m, gate_up, NULL);
+#pragma omp barrier
+            if (!failed) {
+                bitnet_activate(gate_up, m, F, d->silu, d->exp_lanes, b.h, d->isa);
+                failed = multiply(d, &w->w2, &b, b.h, m, x, product);
             }
+#pragma omp barrier
         }
-        failed |= bitnet_attend(
-            qkv, (H + 2 * G) * K, m, H, G, K, keys, values, c->sequence_stride, c->head_stride, c->token_stride, c->first,
-            c->length + 1, y, d->threads, d->isa);
-        failed |= multiply(d, &w->wo, &b, y, m, x, 1) || multiply(d, &w->gate_up, &b, x, m, gate_up, 0);
-        bitnet_activate(gate_up, m, F, d->silu, d->exp_lanes, h, d->isa);
-        failed |= multiply(d, &w->w2, &b, h, m, x, 1);
+        free(own);
     }
-    free(memory);
+    if (!failed) bitnet_norm(x, m, D, d->last_norm, d->last_eps, d->sum_lanes, x);
+    free(shared);
     return failed;
 }

@@ -35,6 +35,8 @@ class _Decoder(ctypes.Structure):
     _fields_ = [
         ("blocks", POINTER),
         *((name, INT64) for name in ("layers", "heads", "kv_heads", "head_dim")),
+        ("last_norm", POINTER),
+        ("last_eps", FLOAT),
         *((name, ctypes.c_int32) for name in ("silu", "sum_lanes", "exp_lanes", "threads", "isa")),
     ]
 
@@ -51,20 +53,36 @@ class _Cache(ctypes.Structure):
 class Decoder:
     """The weights of all blocks as decode.c reads them; keeps the tensors that it points into alive.
 
-    ``layers`` holds wq|wk|wv, wo, w1|w3 and w2 of each block.
+    ``layers`` holds wq|wk|wv, wo, w1|w3 and w2 of each block; ``last_norm`` is the weight of the norm after the last.
     """
 
+    MOST_SEQUENCES = 16
+    """One tile of tokens."""
     MOST_GATES = 2**15
     """Elements of an activation from which on torch splits it between threads, and rounds by the place of the split."""
 
     def __init__(
-        self, layers: list[list[Readers]], *, heads: int, kv_heads: int, head_dim: int, activation: str
+        self,
+        layers: list[list[Readers]],
+        last_norm: Tensor,
+        eps: float,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        activation: str,
     ) -> None:
-        self._layers = layers
+        self._layers, self._last_norm = layers, last_norm
         self._ffn_dim = layers[0][3].in_features
         self._silu = activation == "silu"
         self._blocks = (_Readers * (4 * len(layers)))(*(self._entry(r) for layer in layers for r in layer))
-        self._decoder = _Decoder(ctypes.addressof(self._blocks), len(layers), heads, kv_heads, head_dim, self._silu)
+        self._decoder = _Decoder(
+            ctypes.addressof(self._blocks),
+            *(len(layers), heads, kv_heads, head_dim),
+            last_norm.data_ptr(),
+            eps,
+            self._silu,
+        )
 
     @staticmethod
     def _entry(r: Readers) -> _Readers:
@@ -82,6 +100,8 @@ class Decoder:
 
     def can_decode(self, sequences: int) -> bool:
         """Whether the results will be those of torch's operators."""
+        if sequences > self.MOST_SEQUENCES:
+            return False
         if not self._silu:
             return True
         return native.exp_lanes_of_torch() is not None and sequences * self._ffn_dim < self.MOST_GATES
@@ -89,7 +109,7 @@ class Decoder:
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int, first: Tensor | None
     ) -> None:
-        """x (M, D) is replaced by the output of the last block; the cache (L, M, G, max_len, K) gets token ``length``.
+        """x (M, D) is replaced by the output of the last norm; the cache (L, M, G, max_len, K) gets token ``length``.
 
         cos, sin: (1, K) or (M, K). ``first`` int64 (M,): the first token that each sequence sees.
         """

@@ -136,6 +136,43 @@ TARGET_AMX static void strips_amx(
 }
 #endif
 
+// Rows of one of `parts` equal shares, times at most TILE tokens; arranges them by itself. Returns 1 without memory.
+static int share_of_rows(const product *a, const int32_t *known_sum, int part, int parts, int isa) {
+    static __thread buffer arranged, tiles;
+    const int64_t kx = arranged_k(a), strips = (a->n + STRIP - 1) / STRIP, m = a->m;
+    const int64_t row = strips * part / parts * STRIP, end = MIN(strips * (part + 1) / parts * STRIP, a->n);
+    int8_t *const xs = reserve(&arranged, (size_t)(m * kx));
+    int32_t x_sum[TILE];
+    if (!xs) return 1;
+    for (int64_t t = 0; t < m; t++) {
+        arrange(a, a->x + t * a->x_stride, xs + t * kx);
+        x_sum[t] = known_sum ? known_sum[t] : sum_of(a->x + t * a->x_stride, a->k);
+    }
+#if defined(__x86_64__)
+    if (isa >= AMX && m > 1) {
+        int8_t *const x_tiles = reserve(&tiles, (size_t)(TILE * kx));
+        if (!x_tiles) return 1;
+        for (int64_t i = 0; i < kx / 64; i++) amx_token_tile(xs + i * 64, kx, (int)m, x_tiles + i * 1024);
+        strips_amx(a, x_tiles, x_sum, 0, (int)m, row, end, NULL);
+        return 0;
+    }
+    if (isa >= AVX512) {
+        strips_avx512(a, xs, x_sum, 0, (int)m, row, end);
+        return 0;
+    }
+#endif
+    strips_by_dot(a, isa, xs, x_sum, 0, (int)m, row, end);
+    return 0;
+}
+
+// For decode.c: the share of one thread that is already running. Writes its rows of out only, and says which they are.
+int bitnet_matmul_share(
+    const int8_t *x, int64_t m, int64_t k, const uint8_t *w, int64_t row_bytes, int64_t n, int planes, const int32_t *sum,
+    const float *x_inv, const float *w_inv, int64_t w_inv_stride, float *out, int part, int parts, int isa) {
+    const product a = {x, k, m, k, w, row_bytes, n, planes, x_inv, w_inv, w_inv_stride, out};
+    return share_of_rows(&a, sum, part, parts, isa);
+}
+
 // Tokens whose arranged activations stay in a second-level cache beside a strip of weights.
 static int tokens_per_pass(const product *a) {
     const int64_t fit = (1 << 20) / arranged_k(a) / STRIP * STRIP;
@@ -153,6 +190,11 @@ int bitnet_packed_matmul(
     const int step = tokens_per_pass(&a);
     if (strips < threads) threads = strips ? (int)strips : 1;
     int failed = 0;
+    if (m <= TILE) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(| : failed)
+        for (int part = 0; part < threads; part++) failed |= share_of_rows(&a, known_sum, part, threads, isa);
+        return failed;
+    }
     for (int64_t token = 0; token < m && !failed; token += step) {
         const int tokens = (int)MIN(step, m - token);
         const int amx = isa >= AMX && tokens > 1;
@@ -161,16 +203,14 @@ int bitnet_packed_matmul(
         int8_t *const x_tiles = amx ? reserve(&tiles, (size_t)(padded * kx)) : xs;
         int32_t *const x_sum = reserve(&sums, (size_t)tokens * sizeof(int32_t));
         if (!xs || !x_tiles || !x_sum) return 1;
-        // Few tokens are arranged by one thread: a barrier takes longer.
-        const int helpers = tokens > TILE ? threads : 1;
-#pragma omp parallel for schedule(static) num_threads(helpers) if (helpers > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int t = 0; t < tokens; t++) {
             arrange(&a, x + (token + t) * x_stride, xs + t * kx);
             x_sum[t] = known_sum ? known_sum[token + t] : sum_of(x + (token + t) * x_stride, k);
         }
 #if defined(__x86_64__)
         if (amx) {
-#pragma omp parallel for schedule(static) num_threads(helpers) if (helpers > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
             for (int64_t i = 0; i < padded / TILE * (kx / 64); i++) {
                 const int64_t t = i / (kx / 64) * TILE, at = i % (kx / 64) * 64;
                 amx_token_tile(xs + t * kx + at, kx, (int)MIN(TILE, tokens - t), x_tiles + i * 1024);

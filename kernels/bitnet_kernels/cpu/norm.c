@@ -39,6 +39,10 @@ MEAN_OF_SQUARES(16)
 MEAN_OF_SQUARES(8)
 MEAN_OF_SQUARES(4)
 
+INLINE float mean_of_squares(const float *x, int64_t k, int lanes) {
+    return lanes == 16 ? mean_of_squares_16(x, k) : lanes == 8 ? mean_of_squares_8(x, k) : mean_of_squares_4(x, k);
+}
+
 // y = x * rsqrt(mean_square + eps) * weight (or x), then q = round(y * inv_scale) with inv_scale = 127 / max|y|.
 INLINE void row(
     const float *x, int64_t k, const float *weight, float mean_square, float eps, float *y, int8_t *q, float *inv_scale,
@@ -93,9 +97,7 @@ INLINE void some_rows(const rows_args *a, int64_t from, int64_t to, float *y) {
         const float *x = a->x + i * a->x_stride;
         float mean = 0;
         if (a->mean_square) mean = a->mean_square[i];
-        else if (a->weight && a->lanes == 16) mean = mean_of_squares_16(x, a->k);
-        else if (a->weight && a->lanes == 8) mean = mean_of_squares_8(x, a->k);
-        else if (a->weight) mean = mean_of_squares_4(x, a->k);
+        else if (a->weight) mean = mean_of_squares(x, a->k, a->lanes);
         row(x, a->k, a->weight, mean, a->eps, y, a->q + i * a->k, a->inv_scale + i, a->row_sum + i);
     }
 }
@@ -131,7 +133,14 @@ int bitnet_norm_quantize(
     return failed;
 }
 
-// The mean of squares alone, for finding out which order torch adds in.
-float bitnet_mean_of_squares(const float *x, int64_t k, int lanes) {
-    return lanes == 16 ? mean_of_squares_16(x, k) : lanes == 8 ? mean_of_squares_8(x, k) : mean_of_squares_4(x, k);
+// RMSNorm alone, (M, K) -> (M, K); in place where y is x.
+void bitnet_norm(
+    const float *x, int64_t m, int64_t k, const float *weight, float eps, int lanes, float *y) {
+    for (int64_t i = 0; i < m * k; i += k) {
+        const float r = 1.0f / sqrtf(mean_of_squares(x + i, k, lanes) + eps);
+        for (int64_t j = 0; j < k; j++) y[i + j] = weight[j] * (x[i + j] * r);
+    }
 }
+
+// The mean of squares alone, for finding out which order torch adds in.
+float bitnet_mean_of_squares(const float *x, int64_t k, int lanes) { return mean_of_squares(x, k, lanes); }
