@@ -48,11 +48,13 @@ def _join(parts: list[PackedLinear]) -> PackedLinear | None:
     rows = [part.out_features for part in parts]
     with torch.device("meta"):
         joined = PackedLinear(first.in_features, sum(rows), format=first.format, act_bits=first.act_bits)
-    last, ends = None, []
+    storage, next_ = first.packed.untyped_storage().data_ptr(), first.packed.storage_offset()
+    adjoining = not first.packed.is_meta
     for part in parts:
-        ends.append(last is None or part.packed.data_ptr() == last)
-        last = part.packed.data_ptr() + part.packed.numel()
-    if all(ends) and not first.packed.is_meta:  # they lie one behind the other, in this order, in one tensor
+        here = part.packed.untyped_storage().data_ptr(), part.packed.storage_offset()
+        adjoining &= here == (storage, next_) and part.packed.is_contiguous()
+        next_ += part.packed.numel()
+    if adjoining:
         joined.packed = first.packed.as_strided((sum(rows), first.packed.shape[1]), first.packed.stride())
     else:
         joined.packed = torch.cat([part.packed for part in parts])

@@ -52,6 +52,15 @@ def test_round_trip(weight, format, head, tie_embeddings, tokenizer: Tokenizer, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.safetensors", "m.safetensors"]
 
 
+def test_loaded_matrices_are_joined_without_a_copy(file: Path) -> None:
+    loaded, _ = load_packed(file)
+    for block in loaded.layers:
+        joined = block._qkv.joined.packed
+        assert joined.data_ptr() == block.attention.wq.packed.data_ptr()
+        assert joined.untyped_storage().data_ptr() == block.feed_forward.w2.packed.untyped_storage().data_ptr()
+        assert torch.equal(joined[-block.attention.wv.out_features :], block.attention.wv.packed)
+
+
 def test_the_safetensors_library_reads_it(file: Path) -> None:
     theirs = load_file(file)
     ours, _ = load_packed(file)
