@@ -31,19 +31,19 @@ class OneLineArgumentParser(argparse.ArgumentParser):
 def pack(args: argparse.Namespace) -> None:
     """Pack a trained model to 2 bits a weight or fewer, into one file."""
     from bitnet.checkpoint import load_checkpoint, read_checkpoint
-    from bitnet.inference.files import is_packed, load_packed, save_packed
+    from bitnet.inference.files import is_packed, save_packed
+    from bitnet.inference.header import read_header, verify
     from bitnet.inference.packing import pack as pack_model
     from bitnet.inspection import print_packed
 
     out = Path(args.out)
     if not is_packed(out):
         raise UserError(f"--out {out}: the name must end in .safetensors.")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist.")
+    _check_folder("--out", args.out)
     model, tokenizer = load_checkpoint(args.path)
     recipe = dict(read_checkpoint(args.path)["bitnet"]["recipe"])
     save_packed(pack_model(model, head=args.head), tokenizer, out, format=args.format, recipe=recipe)
-    load_packed(out)  # every digest is checked once before the file is announced
+    verify(read_header(out))  # every digest is checked once before the file is announced
     print_packed(out)
 
 
@@ -61,6 +61,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("--stream shows one text as it grows: give one --prompt.")
     sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING_OPTIONS})
     _set_threads(args.threads)
+    _check_device(args.device)
     with torch.inference_mode():
         model, tokenizer = load_model(args.path, args.device)
         steps = stream_batch(
@@ -80,6 +81,27 @@ def generate(args: argparse.Namespace) -> None:
             return
         for prompt, parts in zip(args.prompt, zip(*steps, strict=True), strict=True):
             print(prompt + "".join(parts))
+
+
+def _check_folder(option: str, file: str | None) -> None:
+    """Find out before the work, not after it, that a file cannot be written."""
+    if file is not None and not Path(file).parent.is_dir():
+        raise UserError(f"{option} {file}: the folder {Path(file).parent} does not exist.")
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    _check_folder("--json", args.json)
+    _check_folder("--plot", args.plot)
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {args.plot}: the name must end in .png or .svg.")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    there = torch.cuda.is_available()
+    if device not in ("cpu", "cuda") or (device == "cuda" and not there):
+        raise UserError(f"--device {device}: must be cpu{' or cuda' if there else ' on this machine'}.")
 
 
 def _set_threads(threads: int | None) -> None:
@@ -199,6 +221,9 @@ def bench_kernels(args: argparse.Namespace) -> None:
     from bitnet_kernels.bench import bench_kernels as run
 
     _set_threads(args.threads)
+    _check_outputs(args)
+    if args.device is not None:
+        _check_device(args.device)
     try:
         run(
             args.shapes,
@@ -218,6 +243,8 @@ def bench_decode(args: argparse.Namespace) -> None:
     from bitnet.inference.bench import bench_decode as run
     from bitnet.inference.files import is_packed
 
+    _check_outputs(args)
+    _check_device(args.device)
     shape = None
     if not is_packed(args.model):
         from bitnet.training.cli import parse_config

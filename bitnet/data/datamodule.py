@@ -1,6 +1,5 @@
 """``TokenDataModule``: point it at text; it gives a Lightning trainer batches, and a run its tokenizer."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,7 @@ from bitnet.data.loader import EvalLoader, TrainLoader, row_count
 from bitnet.data.prepare import Progress, Splitting, prepare
 from bitnet.data.tokens import TokenStore, document_ids, is_token_folder
 from bitnet.errors import UserError
-
-
-def default_cache_dir() -> Path:
-    """``$BITNET_CACHE``, or ``bitnet-lightning`` in the user's cache folder."""
-    if folder := os.environ.get("BITNET_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bitnet-lightning"
+from bitnet_kernels.cpu.build import cache_root
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -87,7 +80,7 @@ class TokenDataModule(L.LightningDataModule):
         self.tokenizer_path, self.eos_token = tokenizer, eos_token
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
         self.mask_documents, self.seed = mask_documents, seed
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_root()
         self.progress: Progress | None = None
         self.store: TokenStore | None = None
         self._stream_head = 0

@@ -160,8 +160,6 @@ def bench_decode(
             f"--prompt_tokens {prompt_tokens}, and --depth {depth} with --tokens {tokens}: the context of the model "
             f"holds {context}."
         )
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device {device}: must be cpu{', or cuda' if torch.cuda.is_available() else ' here'}.")
     results: dict[str, dict[str, float]] = {}
     settings = threads or [torch.get_num_threads()]
     with Progress(transient=True, console=Console(stderr=True)) as bar:

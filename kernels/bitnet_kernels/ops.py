@@ -102,6 +102,7 @@ def _check(
     w_inv_scale: Tensor | None,
     group_scale: Tensor | None,
     group_size: int,
+    row_sum: Tensor | None,
 ) -> None:
     if format not in FORMATS or not FORMATS[format].planes:
         known = ", ".join(name for name, f in FORMATS.items() if f.planes)
@@ -131,6 +132,8 @@ def _check(
         raise ValueError(f"w_inv_scale must have 1 or {n} values, not {w_inv_scale.numel()}")
     if x_inv_scale is not None and x_inv_scale.numel() != x.shape[0]:
         raise ValueError(f"x_inv_scale must have {x.shape[0]} values, not {x_inv_scale.numel()}")
+    if row_sum is not None and (row_sum.dtype != torch.int32 or row_sum.shape != x.shape[:1]):
+        raise ValueError(f"row_sum must be int32 ({x.shape[0]},), not {row_sum.dtype} {tuple(row_sum.shape)}")
     for name, scale in (("x_inv_scale", x_inv_scale), ("w_inv_scale", w_inv_scale), ("group_scale", group_scale)):
         if scale is not None and scale.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, not {scale.dtype}")
@@ -155,7 +158,7 @@ def _packed_matmul_cpu(
     row_sum: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size)
+    _check(x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size, row_sum)
     x = x if x.stride(-1) == 1 else x.contiguous()
     packed = packed if packed.is_contiguous() else packed.contiguous()
     x_inv_scale = None if x_inv_scale is None else x_inv_scale.contiguous()
@@ -174,7 +177,7 @@ def _packed_matmul_cpu(
 def _packed_matmul_cuda(*arguments: object) -> Tensor:
     from bitnet_kernels import triton_matmul
 
-    _check(*arguments[:9])  # type: ignore[arg-type]
+    _check(*arguments[:10])  # type: ignore[arg-type]
     return triton_matmul.packed_matmul(*arguments)  # type: ignore[arg-type]
 
 
@@ -191,7 +194,7 @@ def _packed_matmul_fake(
     row_sum: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size)
+    _check(x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size, row_sum)
     return x.new_empty((x.shape[0], n), dtype=_result_dtype(x_inv_scale, group_scale, out_dtype))
 
 

@@ -19,38 +19,23 @@ from torch import Tensor
 from bitnet_kernels.configurations import Shape, Tile, choose
 from bitnet_kernels.formats import BLOCK, FORMATS
 
-# Four packed bytes in a register: plane p of each is ((word >> 2p) & 0x03030303), or ((word >> p) & 0x01010101).
-_UNPACK_2 = """{
-and.b32 $0, $4, 0x03030303;
-shr.b32 $1, $4, 2;
-and.b32 $1, $1, 0x03030303;
-shr.b32 $2, $4, 4;
-and.b32 $2, $2, 0x03030303;
-shr.b32 $3, $4, 6;
-and.b32 $3, $3, 0x03030303;
-}"""
-_UNPACK_1_LOW = """{
-and.b32 $0, $4, 0x01010101;
-shr.b32 $1, $4, 1;
-and.b32 $1, $1, 0x01010101;
-shr.b32 $2, $4, 2;
-and.b32 $2, $2, 0x01010101;
-shr.b32 $3, $4, 3;
-and.b32 $3, $3, 0x01010101;
-}"""
-_UNPACK_1_HIGH = """{
-shr.b32 $0, $4, 4;
-and.b32 $0, $0, 0x01010101;
-shr.b32 $1, $4, 5;
-and.b32 $1, $1, 0x01010101;
-shr.b32 $2, $4, 6;
-and.b32 $2, $2, 0x01010101;
-shr.b32 $3, $4, 7;
-and.b32 $3, $3, 0x01010101;
-}"""
-UNPACK_2: tl.constexpr = tl.constexpr(_UNPACK_2)
-UNPACK_1_LOW: tl.constexpr = tl.constexpr(_UNPACK_1_LOW)
-UNPACK_1_HIGH: tl.constexpr = tl.constexpr(_UNPACK_1_HIGH)
+
+def _unpack_asm(bits: int, first: int) -> str:
+    """PTX for planes first .. first + 3 of the four packed bytes in a register: shift, and keep `bits` of each byte."""
+    mask = {2: "0x03030303", 1: "0x01010101"}[bits]
+    lines = []
+    for i in range(4):
+        shift, source = bits * (first + i), "$4"
+        if shift:
+            lines.append(f"shr.b32 ${i}, $4, {shift};")
+            source = f"${i}"
+        lines.append(f"and.b32 ${i}, {source}, {mask};")
+    return "{ " + " ".join(lines) + " }"
+
+
+UNPACK_2: tl.constexpr = tl.constexpr(_unpack_asm(2, 0))
+UNPACK_1_LOW: tl.constexpr = tl.constexpr(_unpack_asm(1, 0))
+UNPACK_1_HIGH: tl.constexpr = tl.constexpr(_unpack_asm(1, 4))
 FOUR_OUTPUTS: tl.constexpr = tl.constexpr(
     "=&r,=&r,=&r,=&r,r"
 )  # early clobber: no output may share the input's register

@@ -112,6 +112,9 @@ def test_bad_input(finished_run: Path, packed: Path, tmp_path: Path, capsys: pyt
         (("bench", "decode", file, "--tokens", "5000"), "the context of the model holds 32"),
         (("bench", "decode", "float_125m"), "ternary or binary ones can be packed"),
         (("bench", "decode", file, "--device", "tpu"), "--device tpu: must be cpu"),
+        (("generate", file, "--prompt", "a", "--device", "tpu"), "--device tpu: must be cpu"),
+        (("bench", "decode", file, "--json", str(tmp_path / "no" / "x.json")), "does not exist"),
+        (("bench", "kernels", "--plot", str(tmp_path / "x.bmp")), "must end in .png or .svg"),
         (("bench", "decode", file, "--tokns", "3"), "Did you mean '--tokens'?"),
         (("bench", "kernls"), "invalid choice: 'kernls'"),
     ):

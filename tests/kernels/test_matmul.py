@@ -152,6 +152,8 @@ def test_what_is_not_supported_raises() -> None:
         ((x, packed), {**ok, "x_inv_scale": torch.ones(3), "w_inv_scale": one}, "must have 2 values"),
         ((x, packed), {**ok, "x_inv_scale": torch.ones(2), "w_inv_scale": torch.ones(3)}, "1 or 4 values"),
         ((x, packed), {**ok, "x_inv_scale": torch.ones(2), "w_inv_scale": one.double()}, "must be float32"),
+        ((x, packed), {**ok, "row_sum": x.sum(-1)}, "row_sum must be int32"),
+        ((x, packed), {**ok, "row_sum": torch.zeros(3, dtype=torch.int32)}, "row_sum must be int32"),
         ((x, packed), {**ok, "group_scale": torch.ones(4, 5), "group_size": 60}, "multiples of 64"),
         ((x, packed), {**ok, "group_scale": torch.ones(4, 4), "group_size": 64}, r"must be \(4, 5\)"),
     ):

@@ -24,12 +24,16 @@ class CannotCompile(Exception):
     """There is no compiler, or it refused; the text says which and why."""
 
 
+def cache_root() -> Path:
+    """``$BITNET_CACHE``, or ``bitnet-lightning`` in the user's cache folder."""
+    if folder := os.environ.get("BITNET_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bitnet-lightning"
+
+
 def cache_folder() -> Path:
-    """``$BITNET_CACHE/kernels``, or the same in the user's cache folder."""
-    root = os.environ.get("BITNET_CACHE")
-    if root is None:
-        root = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet-lightning")
-    return Path(root) / "kernels"
+    """Where compiled kernels and tuned tiles are kept."""
+    return cache_root() / "kernels"
 
 
 def _openmp_of_torch() -> str | None:
