@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bitnet.errors import UserError, did_you_mean
+from bitnet.option_checks import check_device, check_folder, check_outputs, numbers, set_threads
 
 FORMAT_NAMES = ("ternary2", "ternary_base3", "binary1")
 HEAD_NAMES = ("float32", "float16", "bfloat16", "int8")
@@ -39,7 +40,7 @@ def pack(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not is_packed(out):
         raise UserError(f"--out {out}: the name must end in .safetensors.")
-    _check_folder("--out", args.out)
+    check_folder("--out", args.out)
     model, tokenizer = load_checkpoint(args.path)
     recipe = dict(read_checkpoint(args.path)["bitnet"]["recipe"])
     save_packed(pack_model(model, head=args.head), tokenizer, out, format=args.format, recipe=recipe)
@@ -60,8 +61,8 @@ def generate(args: argparse.Namespace) -> None:
     if args.stream and len(args.prompt) > 1:
         raise UserError("--stream shows one text as it grows: give one --prompt.")
     sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING_OPTIONS})
-    _set_threads(args.threads)
-    _check_device(args.device)
+    set_threads(args.threads)
+    check_device(args.device)
     with torch.inference_mode():
         model, tokenizer = load_model(args.path, args.device)
         steps = stream_batch(
@@ -81,36 +82,6 @@ def generate(args: argparse.Namespace) -> None:
             return
         for prompt, parts in zip(args.prompt, zip(*steps, strict=True), strict=True):
             print(prompt + "".join(parts))
-
-
-def _check_folder(option: str, file: str | None) -> None:
-    """Find out before the work, not after it, that a file cannot be written."""
-    if file is not None and not Path(file).parent.is_dir():
-        raise UserError(f"{option} {file}: the folder {Path(file).parent} does not exist.")
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    _check_folder("--json", args.json)
-    _check_folder("--plot", args.plot)
-    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
-        raise UserError(f"--plot {args.plot}: the name must end in .png or .svg.")
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    there = torch.cuda.is_available()
-    if device not in ("cpu", "cuda") or (device == "cuda" and not there):
-        raise UserError(f"--device {device}: must be cpu{' or cuda' if there else ' on this machine'}.")
-
-
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise UserError(f"--threads {threads}: must be at least 1.")
-        torch.set_num_threads(threads)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -220,10 +191,10 @@ def bench_kernels(args: argparse.Namespace) -> None:
     """Time packed products against torch's, and against what the memory and the matrix units of this machine can do."""
     from bitnet_kernels.bench import bench_kernels as run
 
-    _set_threads(args.threads)
-    _check_outputs(args)
+    set_threads(args.threads)
+    check_outputs(args)
     if args.device is not None:
-        _check_device(args.device)
+        check_device(args.device)
     try:
         run(
             args.shapes,
@@ -243,8 +214,8 @@ def bench_decode(args: argparse.Namespace) -> None:
     from bitnet.inference.bench import bench_decode as run
     from bitnet.inference.files import is_packed
 
-    _check_outputs(args)
-    _check_device(args.device)
+    check_outputs(args)
+    check_device(args.device)
     shape = None
     if not is_packed(args.model):
         from bitnet.training.cli import parse_config
@@ -275,17 +246,6 @@ def fit(args: list[str]) -> int:
 
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
-
-def _numbers(text: str) -> list[int]:
-    """``1,4,16`` as a list of positive integers."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive integers such as 1,2")
-    return numbers
 
 
 def _text_options(parser: argparse.ArgumentParser) -> None:
@@ -349,7 +309,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = benches.add_parser("kernels", help=bench_kernels.__doc__, description=bench_kernels.__doc__)
     p.set_defaults(run=bench_kernels)
     p.add_argument("--shapes", default="bitnet-2b", help="a name (bitnet-2b, llama-8b, small) or NxK,NxK,...")
-    p.add_argument("--m", type=_numbers, default=[1, 4, 16, 64, 512, 2048], metavar="M,M", help="numbers of tokens")
+    p.add_argument("--m", type=numbers, default=[1, 4, 16, 64, 512, 2048], metavar="M,M", help="numbers of tokens")
     p.add_argument("--formats", default="ternary2,binary1", help="packed formats to time")
     p.add_argument("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
     p.add_argument("--tune", action="store_true", help="first look for faster tiles on this GPU, and remember them")
@@ -360,7 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = benches.add_parser("decode", help=bench_decode.__doc__, description=bench_decode.__doc__)
     p.set_defaults(run=bench_decode)
     p.add_argument("model", help="packed model, config file or name of a shipped config")
-    p.add_argument("--threads", type=_numbers, default=None, metavar="T,T", help="CPU threads, one run each")
+    p.add_argument("--threads", type=numbers, default=None, metavar="T,T", help="CPU threads, one run each")
     p.add_argument("--tokens", type=int, help="tokens to decode (default: 128, or what the context holds)")
     p.add_argument("--prompt_tokens", type=int, help="tokens to prefill (default: 256, likewise)")
     p.add_argument("--depth", type=int, default=0, help="tokens that are in the cache when decoding begins")

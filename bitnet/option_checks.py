@@ -1,0 +1,47 @@
+"""Checks of command-line options that several commands share, made before any work begins."""
+
+import argparse
+from pathlib import Path
+
+from bitnet.errors import UserError
+
+
+def check_folder(option: str, file: str | None) -> None:
+    """Find out before the work, not after it, that a file cannot be written."""
+    if file is not None and not Path(file).parent.is_dir():
+        raise UserError(f"{option} {file}: the folder {Path(file).parent} does not exist.")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    check_folder("--json", args.json)
+    check_folder("--plot", args.plot)
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {args.plot}: the name must end in .png or .svg.")
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    there = torch.cuda.is_available()
+    if device not in ("cpu", "cuda") or (device == "cuda" and not there):
+        raise UserError(f"--device {device}: must be cpu{' or cuda' if there else ' on this machine'}.")
+
+
+def set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"--threads {threads}: must be at least 1.")
+        torch.set_num_threads(threads)
+
+
+def numbers(text: str) -> list[int]:
+    """``1,4,16`` as a list of positive integers."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive integers such as 1,2")
+    return numbers
