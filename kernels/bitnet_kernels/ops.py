@@ -104,22 +104,23 @@ def _check(
     group_size: int,
     row_sum: Tensor | None,
 ) -> None:
-    if format not in FORMATS or not FORMATS[format].planes:
+    layout = FORMATS.get(format)
+    if layout is None or not layout.planes:
         known = ", ".join(name for name, f in FORMATS.items() if f.planes)
         raise ValueError(f"format {format!r}: the kernels read {known}")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k = {k}: must be between 1 and {MAX_K}, where int32 sums end")
     if x.dtype != torch.int8 or x.ndim != 2 or x.shape[1] != k:
         raise ValueError(f"x must be int8 (M, {k}), not {x.dtype} {tuple(x.shape)}")
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != (n, FORMATS[format].row_bytes(k)):
+    if packed.dtype != torch.uint8 or packed.shape != (n, layout.row_bytes(k)):
         raise ValueError(
-            f"{format} weights of {n} x {k} are uint8 ({n}, {FORMATS[format].row_bytes(k)}), "
+            f"{format} weights of {n} x {k} are uint8 ({n}, {layout.row_bytes(k)}), "
             f"not {packed.dtype} {tuple(packed.shape)}"
         )
     if packed.device != x.device:
         raise ValueError(f"x is on {x.device} and the weights are on {packed.device}")
     if group_scale is not None:
-        plane = FORMATS[format].plane
+        plane = layout.plane
         if group_size < plane or group_size % plane:
             raise ValueError(f"group_size = {group_size}: {format} takes multiples of {plane}")
         if w_inv_scale is not None:
@@ -171,7 +172,8 @@ def _packed_matmul_cpu(
     else:
         w_inv_scale = None if w_inv_scale is None else w_inv_scale.contiguous()
         y = native.packed_matmul(x, packed, FORMATS[format].planes, k, x_inv_scale, w_inv_scale, row_sum)
-    return y.to(_result_dtype(x_inv_scale, group_scale, out_dtype))
+    dtype = _result_dtype(x_inv_scale, group_scale, out_dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _packed_matmul_cuda(*arguments: object) -> Tensor:

@@ -179,16 +179,29 @@ static int tokens_per_pass(const product *a) {
     return (int)(fit < 2 * STRIP ? 2 * STRIP : MIN(fit, 512));
 }
 
-// known_sum: sums of the tokens (M), or null. Returns 0, or 1 when there is no memory.
-int bitnet_packed_matmul(
-    const int8_t *x, int64_t x_stride, int64_t m, int64_t k, const uint8_t *w, int64_t row_bytes, int64_t n, int planes,
-    const int32_t *known_sum, const float *x_inv, const float *w_inv, int64_t w_inv_stride, void *out, int threads,
-    int isa) {
+// The arguments of a product as the caller packs them: 15 values of 64 bits. known_sum: sums of the tokens (M), or null.
+typedef struct {
+    const int8_t *x;
+    int64_t x_stride, m, k;
+    const uint8_t *w;
+    int64_t row_bytes, n, planes;
+    const int32_t *known_sum;
+    const float *x_inv, *w_inv;
+    int64_t w_inv_stride;
+    void *out;
+    int64_t threads, isa;
+} packed_matmul_call;
+
+// Returns 0, or 1 when there is no memory.
+int bitnet_packed_matmul(const packed_matmul_call *c) {
     static __thread buffer arranged, tiles, sums, strip;
-    const product a = {x, x_stride, m, k, w, row_bytes, n, planes, x_inv, w_inv, w_inv_stride, out};
+    const int8_t *const x = c->x;
+    const int32_t *const known_sum = c->known_sum;
+    const int64_t x_stride = c->x_stride, m = c->m, k = c->k, n = c->n;
+    const product a = {x, x_stride, m, k, c->w, c->row_bytes, n, (int)c->planes, c->x_inv, c->w_inv, c->w_inv_stride, c->out};
     const int64_t kx = arranged_k(&a), strips = (n + STRIP - 1) / STRIP;
-    const int step = tokens_per_pass(&a);
-    if (strips < threads) threads = strips ? (int)strips : 1;
+    const int step = tokens_per_pass(&a), isa = (int)c->isa;
+    const int threads = (int)MIN(c->threads, strips ? strips : 1);
     int failed = 0;
     if (m <= TILE) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(| : failed)

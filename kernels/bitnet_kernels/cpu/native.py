@@ -7,6 +7,7 @@ import ctypes
 import enum
 import functools
 import os
+import struct
 import warnings
 
 import torch
@@ -28,9 +29,7 @@ class Isa(enum.IntEnum):
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "bitnet_best_isa": [],
-    "bitnet_packed_matmul": [
-        POINTER, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, POINTER, POINTER, INT64, POINTER, INT, INT,
-    ],
+    "bitnet_packed_matmul": [ctypes.c_char_p],
     "bitnet_packed_matmul_grouped": [
         POINTER, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, INT64, POINTER, POINTER, INT, INT,
     ],
@@ -45,6 +44,10 @@ SIGNATURES = {
     "bitnet_decode": [POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT64],
     "bitnet_wide_matmul": [POINTER, INT64, INT64, POINTER, INT64, INT, POINTER, POINTER, INT, INT],
 }  # fmt: skip
+
+
+PACKED_MATMUL = struct.Struct("15q")
+"""``packed_matmul_call`` of matmul.c. Made into one block, because ctypes takes 2 us for 15 arguments."""
 
 
 @functools.cache
@@ -150,11 +153,13 @@ def packed_matmul(
     assert lib is not None
     m, n = x.shape[0], packed.shape[0]
     out = torch.empty(m, n, dtype=torch.int32 if x_inv_scale is None else torch.float32)
-    per_row = 0 if w_inv_scale is None or w_inv_scale.numel() == 1 else 1
+    per_row = w_inv_scale is not None and w_inv_scale.numel() > 1
     failed = lib.bitnet_packed_matmul(
-        x.data_ptr(), x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, planes, _pointer(row_sum),
-        _pointer(x_inv_scale), _pointer(w_inv_scale), per_row, out.data_ptr(), torch.get_num_threads(),
-        best_isa() if isa is None else isa,
+        PACKED_MATMUL.pack(
+            x.data_ptr(), x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, planes, _pointer(row_sum) or 0,
+            _pointer(x_inv_scale) or 0, _pointer(w_inv_scale) or 0, per_row, out.data_ptr(), torch.get_num_threads(),
+            best_isa() if isa is None else isa,
+        )
     )  # fmt: skip
     if failed:
         raise MemoryError("packed_matmul: no memory for the arranged activations")
