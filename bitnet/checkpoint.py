@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,18 @@ FORMAT_VERSION = 1
 MODEL_PREFIX = "model."
 
 
-def describe(config: ModelConfig, recipe: Recipe, tokenizer_json: str) -> dict[str, Any]:
-    """The ``bitnet`` entry of a checkpoint: plain values only."""
+EXTRAS = ("chat_template", "eos_token", "origin")
+"""Optional entries: Jinja text that makes a prompt of messages, the token that ends a text, and where imported weights
+come from. Packed files have them as well."""
+
+
+def describe(
+    config: ModelConfig, recipe: Recipe, tokenizer_json: str, extras: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ``bitnet`` entry of a checkpoint: plain values only. ``extras`` are those of ``EXTRAS``."""
     assert dataclasses.is_dataclass(recipe)
     return {
+        **(extras or {}),
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
         "recipe": {"name": type(recipe).__name__, **dataclasses.asdict(recipe)},
@@ -90,13 +99,19 @@ def check_fits(description: dict[str, Any], config: ModelConfig, tokenizer_json:
         for field in dataclasses.fields(ModelConfig)
         if field.name not in FREE_TO_CHANGE and getattr(old, field.name) != getattr(config, field.name)
     ]
-    if description["tokenizer"] != tokenizer_json:
+    if _same_tokens(description["tokenizer"]) != _same_tokens(tokenizer_json):
         raise UserError(
             f"{where}: trained with another tokenizer; use the same data, "
             "or set data.tokenizer to that run's tokenizer.json."
         )
     if differing:
         raise UserError(f"{where}: another model ({'; '.join(differing)}).")
+
+
+def _same_tokens(tokenizer_json: str) -> dict[str, Any]:
+    """What decides the ids of a text; tokens that are put around it are left out, since training adds none."""
+    content: dict[str, Any] = json.loads(tokenizer_json)
+    return {key: value for key, value in content.items() if key not in ("post_processor", "truncation", "padding")}
 
 
 def model_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -120,7 +135,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     with without_memory():
         model = Transformer(config)
         recipe.prepare(model)
-    missing, unexpected = model.load_state_dict(model_state(content), strict=False, assign=True)
+    # Imported weights keep the dtype of their file on disk; the forward is in float32.
+    state = {name: tensor.float() for name, tensor in model_state(content).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.tok_embeddings.weight
         missing = [name for name in missing if name != "lm_head.weight"]

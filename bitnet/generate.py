@@ -207,15 +207,18 @@ class TextStream:
 def stream_batch(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 100,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     stop_id: int | None = None,
 ) -> Iterator[list[str]]:
-    """Yield the new text of every prompt, step by step; a text ends before any string of ``stop`` and ``stop_id``."""
-    ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    """Yield the new text of every prompt, step by step; a text ends before any string of ``stop`` and ``stop_id``.
+
+    A prompt is text or ids; before a text goes what the tokenizer puts before every text, such as a BOS token.
+    """
+    ids = [tokenizer.encode(p).ids if isinstance(p, str) else list(p) for p in prompts]
     streams = [TextStream(tokenizer, prompt, stop) for prompt in ids]
     for tokens in generate_batch(model, ids, max_new_tokens, sampling or Sampling(), stop_id):
         pairs = zip(streams, tokens, strict=True)

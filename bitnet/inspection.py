@@ -124,7 +124,7 @@ def print_packed(path: Path) -> None:
     counts = count_parameters(packed.config)
     by_format: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for name, (_, _, nbytes) in packed.tensors.items():
+    for name, entry in packed.tensors.items():
         role = "scales and norms"
         if name.endswith(".packed"):
             form = packed.forms[name.removesuffix(".packed")][0]
@@ -132,7 +132,7 @@ def print_packed(path: Path) -> None:
             role = f"packed weights ({form})"
         elif name.startswith(("tok_embeddings", "lm_head")):
             role = f"embedding and head ({packed.head}, {'tied' if packed.config.tie_embeddings else 'untied'})"
-        sizes[role] = sizes.get(role, 0) + nbytes
+        sizes[role] = sizes.get(role, 0) + entry.nbytes
     act_bits = sorted({str(bits) for _, bits in packed.forms.values()})
     facts = {
         "format": f"packed model, version {FORMAT_VERSION}",

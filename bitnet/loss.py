@@ -30,7 +30,8 @@ def token_nats(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean nats per target, a scalar."""
-    return token_nats(model, batch).sum() / (batch["targets"] != IGNORE).sum()
+    targets = (batch["targets"] != IGNORE).sum()
+    return token_nats(model, batch).sum() / targets.clamp(min=1)  # a batch of questions without answers teaches nothing
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def test_missing_data(capsys, tmp_path) -> None:
     "args,message",
     [
         (["generat"], "invalid choice: 'generat'"),
-        (["generate", "nowhere", "--prompt", "a"], "nowhere: no such run folder"),
+        (["generate", "nowhere", "--prompt", "a"], "nowhere: no such run, checkpoint, packed model"),
         (["generate", "x", "--prompt", "a", "--topk", "3"], "--topk. Did you mean '--top_k'?"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
         (["generate", "x", "--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens 0"),

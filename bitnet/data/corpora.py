@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitnet.chat_template import ChatText, conversation
 from bitnet.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".utf8", ".text", ".md")
@@ -38,6 +39,10 @@ class Reading:
     """Split of a Hugging Face dataset."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
+    chat_template: str | None = None
+    """Jinja text: then .jsonl files hold conversations under ``messages``."""
+    special_tokens: tuple[tuple[str, str], ...] = ()
+    """Names that the template may use, such as ``("eos_token", "</s>")``."""
 
 
 def _plain_suffix(path: Path) -> str:
@@ -119,6 +124,19 @@ def _json_lines(text: str, path: Path, key: str) -> Iterator[str]:
         yield record[key]
 
 
+def _conversations(text: str, path: Path, template: str, special_tokens: dict[str, str]) -> Iterator[ChatText]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            yield conversation(record.get("messages"), template, special_tokens)
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise UserError(f"{path}: line {number} is not a JSON object.") from error
+        except UserError as error:
+            raise UserError(f"{path}: line {number}: {error}.") from error
+
+
 def _parquet_rows(path: Path, key: str) -> Iterator[str]:
     import datasets
 
@@ -141,7 +159,11 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str]:
         documents: Iterable[str] = _parquet_rows(path, reading.text_key)
     else:
         text = decode(read_bytes(path), path)
-        if suffix == ".jsonl":
+        if reading.chat_template is not None:
+            if suffix != ".jsonl":
+                raise UserError(f"{path}: data.chat_template is for .jsonl files with 'messages'.")
+            documents = _conversations(text, path, reading.chat_template, dict(reading.special_tokens))
+        elif suffix == ".jsonl":
             documents = _json_lines(text, path, reading.text_key)
         else:
             documents = (d.strip("\n") for d in text.split(reading.separator)) if reading.separator else [text]

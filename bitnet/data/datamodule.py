@@ -1,5 +1,6 @@
 """``TokenDataModule``: point it at text; it gives a Lightning trainer batches, and a run its tokenizer."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -8,10 +9,12 @@ import lightning as L
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bitnet.chat_template import PLAIN_TEMPLATE
 from bitnet.data import streaming as stream
 from bitnet.data.corpora import BUILTIN, DocumentList, Reading, open_corpus
 from bitnet.data.loader import EvalLoader, TrainLoader, row_count
 from bitnet.data.prepare import Progress, Splitting, prepare
+from bitnet.data.tokenizer import EOS, find_eos, load_tokenizer
 from bitnet.data.tokens import TokenStore, document_ids, is_token_folder
 from bitnet.errors import UserError
 from bitnet_kernels.cpu.build import cache_root
@@ -33,6 +36,7 @@ class TokenDataModule(L.LightningDataModule):
         streaming: Read the text as it comes instead of preparing it on disk.
         stream_block: Batches that are gathered and shuffled together while streaming.
         stream_val_bytes: Bytes at the start of a stream that are held out when there is no val_path.
+        chat_template: Learn the answers of conversations (.jsonl with messages): "plain", or a file with Jinja text.
         tokenizer: A tokenizer.json to use; null trains one on the text.
         vocab_size: Number of tokens of a tokenizer to be trained.
         eos_token: End-of-text token of a given tokenizer; null finds the usual ones.
@@ -59,6 +63,7 @@ class TokenDataModule(L.LightningDataModule):
         streaming: bool = False,
         stream_block: int = 64,
         stream_val_bytes: int = 1_000_000,
+        chat_template: str | None = None,
         tokenizer: str | None = None,
         vocab_size: int = 32_000,
         eos_token: str | None = None,
@@ -75,6 +80,8 @@ class TokenDataModule(L.LightningDataModule):
         _check(self.paths, weights, val_fraction, seq_len, batch_size, stream_block)
         self.weights, self.vocab_size = weights, vocab_size
         self.reading = Reading(separator=separator, text_key=text_key, split=split, subset=subset)
+        if chat_template is not None:
+            self.reading = self._chat_reading(chat_template, tokenizer, eos_token, streaming)
         self.splitting = Splitting(val_fraction=val_fraction, val_split=val_split, seed=seed)
         self.streaming, self.stream_block, self.stream_val_bytes = streaming, stream_block, stream_val_bytes
         self.tokenizer_path, self.eos_token = tokenizer, eos_token
@@ -84,6 +91,20 @@ class TokenDataModule(L.LightningDataModule):
         self.progress: Progress | None = None
         self.store: TokenStore | None = None
         self._stream_head = 0
+
+    def _chat_reading(self, template: str, tokenizer: str | None, eos_token: str | None, streaming: bool) -> Reading:
+        if streaming:
+            raise UserError("data.chat_template: conversations are prepared, not streamed; leave out data.streaming.")
+        file = Path(template).expanduser()
+        if template != "plain" and not file.is_file():
+            raise UserError(f"data.chat_template = {template}: neither 'plain' nor a file.")
+        text = PLAIN_TEMPLATE if template == "plain" else file.read_text(encoding="utf-8")
+        eos = eos_token or EOS
+        if tokenizer and not eos_token:
+            given = load_tokenizer(tokenizer)
+            eos = str(given.id_to_token(find_eos(given)))
+        names = (("eos_token", eos), ("bos_token", ""))
+        return dataclasses.replace(self.reading, chat_template=text, special_tokens=names)
 
     # ---- preparing
 
@@ -213,6 +234,11 @@ class TokenDataModule(L.LightningDataModule):
             "sha256": meta["settings"]["sources"],
             "folder": str(self.tokens.folder),
         }
+
+    def chat_extras(self) -> dict[str, str]:
+        """What a model that was taught to answer has to remember; empty for one that was not."""
+        template = self.reading.chat_template
+        return {"chat_template": template} if template else {}
 
     def save_tokenizer(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

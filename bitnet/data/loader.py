@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet.data.tokens import validation_rows
+from bitnet.data.tokens import UNSAID, validation_rows
+from bitnet.loss import IGNORE
 
 Ids = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,8 +23,9 @@ def row_count(n_ids: int, seq_len: int) -> int:
 
 
 def make_batch(rows: Tensor) -> dict[str, Tensor]:
-    """Rows (B, seq_len + 1) -> inputs and targets, each (B, seq_len)."""
-    return {"inputs": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:].contiguous()}
+    """Rows (B, seq_len + 1) -> inputs and targets, each (B, seq_len); ids with ``UNSAID`` are no targets."""
+    targets = rows[:, 1:]
+    return {"inputs": rows[:, :-1].clamp(min=0) % UNSAID, "targets": torch.where(targets < UNSAID, targets, IGNORE)}
 
 
 class TrainLoader:

@@ -19,9 +19,10 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from bitnet.chat_template import ChatText
 from bitnet.data.corpora import Corpus, DocumentList, Reading, python_version
 from bitnet.data.tokenizer import find_eos, load_tokenizer, pieces, train_tokenizer
-from bitnet.data.tokens import FORMAT, TokenStore, Totals
+from bitnet.data.tokens import FORMAT, UNSAID, TokenStore, Totals
 from bitnet.errors import UserError
 
 BATCH_BYTES = 4 << 20
@@ -87,6 +88,13 @@ def _documents(corpora: list[AnyCorpus], held: set[int], cut: float | None) -> I
             index += 1
 
 
+def _pieces(document: str) -> list[tuple[str, bool]]:
+    """What is tokenized by itself, with whether the model is taught to say it."""
+    if isinstance(document, ChatText):
+        return list(document.parts)
+    return [(piece, True) for piece in pieces(document)]
+
+
 class _Writer:
     """Tokenizes documents in parallel batches and appends their ids to the .bin files."""
 
@@ -103,12 +111,13 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        parts = [list(pieces(document)) for _, document in self._pending]
-        flat = [piece for part in parts for piece in part]
+        parts = [_pieces(document) for _, document in self._pending]
+        flat = [piece for part in parts for piece, _ in part]
         encoded = iter(self.tokenizer.encode_batch(flat, add_special_tokens=False))
         for (name, document), part in zip(self._pending, parts, strict=True):
-            ids = [i for _ in part for i in next(encoded).ids]
-            ids.append(self.eos_id)
+            ids = [i if said else i + UNSAID for _, said in part for i in next(encoded).ids]
+            # A conversation ends as its template says; what divides it from the next is not the model's to say.
+            ids.append(self.eos_id + UNSAID if isinstance(document, ChatText) else self.eos_id)
             with (self.folder / f"{name}.bin").open("ab") as file:
                 file.write(np.asarray(ids, dtype=self.dtype).tobytes())
             old = self.totals.get(name, Totals())
@@ -149,6 +158,8 @@ def prepare(
     report = progress or (lambda label, done, total: None)
     report("reading text", 0, 0)
     given = load_tokenizer(tokenizer_path) if tokenizer_path else None
+    if given is not None:
+        given.post_processor = None  # documents are divided by one end-of-text token, and nothing else is added
     settings = {
         "format": FORMAT,
         "sources": [c.fingerprint() for c in train],
@@ -168,6 +179,8 @@ def prepare(
     sizes = [len(d.encode()) for corpus in train for d in corpus]
     if not sizes:
         raise UserError(f"{', '.join(c.path for c in train)}: no text in it.")
+    if len(sizes) == 1 and not val and reading.chat_template is not None:
+        raise UserError(f"{train[0].path}: one conversation cannot be divided; give more, or data.val_path.")
     held = set[int]() if val else validation_documents(sizes, splitting)
     cut = splitting.val_fraction if not val and len(sizes) == 1 else None
     total = sum(sizes) + sum(len(d.encode()) for corpus in val for d in corpus)
@@ -179,7 +192,8 @@ def prepare(
     report("training the tokenizer", 0, 0)
     tokenizer = given or train_tokenizer(_sample(documents()), vocab_size)
     eos_id = find_eos(tokenizer, eos_token)
-    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+    narrow = tokenizer.get_vocab_size() <= 1 << 16 and reading.chat_template is None
+    dtype = np.dtype("<u2" if narrow else "<u4")
     cache_dir.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache_dir))
     try:

@@ -68,6 +68,12 @@ def find_eos(tokenizer: Tokenizer, name: str | None = None) -> int:
     raise UserError(f"the tokenizer has no end-of-text token ({wanted}); name it with data.eos_token.")
 
 
+def first_id(tokenizer: Tokenizer) -> int | None:
+    """The id that this tokenizer puts before every text, if it does."""
+    ids = tokenizer.encode("a").ids
+    return ids[0] if len(ids) > len(tokenizer.encode("a", add_special_tokens=False).ids) else None
+
+
 def is_byte_level(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer.decoder, decoders.ByteLevel)
 

@@ -21,6 +21,8 @@ from bitnet.errors import UserError
 from bitnet.loss import IGNORE
 
 FORMAT = "bitnet-tokens-1"
+UNSAID = 1 << 24
+"""Added to the ids of what a model reads and is not taught to say: all of a conversation but the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class TokenStore:
     def byte_lengths(self) -> Tensor:
         """Float32 (V,): bytes of text that each id stands for, corrected to add up over the validation set."""
         lengths = torch.tensor(token_byte_lengths(self.tokenizer), dtype=torch.float32)
-        counts = torch.from_numpy(np.bincount(self.ids("val"), minlength=self.vocab_size))
+        counts = torch.from_numpy(np.bincount(self.ids("val").astype(np.int64) % UNSAID, minlength=self.vocab_size))
         total = float((counts.double() * lengths.double()).sum())
         return lengths * (self.totals("val").text_bytes / total) if total else lengths
 

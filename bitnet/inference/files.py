@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from torch import Tensor
 from bitnet.checkpoint import load_checkpoint
 from bitnet.errors import UserError
 from bitnet.inference.header import (
-    DTYPES,
     FORMAT_VERSION,
     NO_DIGEST,
     PackedFile,
@@ -34,6 +32,7 @@ from bitnet.inference.packed_linear import PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import LayerForms, packed_skeleton
 from bitnet.model import Transformer
+from bitnet.tensor_file import bytes_of, layout, write
 from bitnet_kernels import FORMATS
 from bitnet_kernels.cpu.memory import empty_in_huge_pages
 
@@ -50,11 +49,6 @@ def _packed_layers(model: PackedTransformer) -> dict[str, PackedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
 def save_packed(
     model: PackedTransformer,
     tokenizer: Tokenizer,
@@ -62,8 +56,9 @@ def save_packed(
     *,
     format: str | None = None,
     recipe: dict[str, Any] | None = None,
+    extras: dict[str, Any] | None = None,
 ) -> None:
-    """Write a packed model to ``path``, whole or not at all.
+    """Write a packed model to ``path``, whole or not at all; ``extras`` are those of ``bitnet.checkpoint.EXTRAS``.
 
     ``format`` is ``ternary2``, ``ternary_base3`` (smaller, unpacked on load) or ``binary1``; if not given, the one that
     the layers have. Raises ``UserError`` when they cannot take it, or when the file cannot be written.
@@ -83,41 +78,18 @@ def save_packed(
         if stored != layer.format:
             tensors[f"{name}.packed"] = FORMATS[stored].pack(layer.weight_levels().cpu())
         forms[name] = [stored, layer.act_bits]
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     description = {
+        **(extras or {}),
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(model.config),
         "recipe": recipe or {},
         "head": model.head_dtype,
         "layers": forms,
-        "digests": {name: hashlib.sha256(_bytes_of(tensors[name])).hexdigest() for name in order},
+        "digests": {name: hashlib.sha256(bytes_of(tensor)).hexdigest() for name, tensor in tensors.items()},
         "tokenizer": tokenizer.to_str(),
     }
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"bitnet": json.dumps(description), "sha256": NO_DIGEST}}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    length = len(text).to_bytes(8, "little")
-    text = with_seal(text, NO_DIGEST, seal_of(length, text))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(length)
-            file.write(text)
-            for name in order:
-                file.write(_bytes_of(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+    header, order = layout(tensors, {"bitnet": json.dumps(description), "sha256": NO_DIGEST})
+    write(path, with_seal(header, NO_DIGEST, seal_of(header)), (tensors[name] for name in order))
 
 
 def place(model: PackedTransformer) -> None:
@@ -163,7 +135,8 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
         owner = name.removesuffix(".packed")
         if owner != name:
             shape = (shape[0], FORMATS[packed.forms[owner][0]].row_bytes(layers[owner].in_features))
-        if packed.tensors.get(name, (None,))[:2] != (tensor.dtype, shape):
+        entry = packed.tensors.get(name)
+        if entry is None or (entry.dtype, entry.shape) != (tensor.dtype, shape):
             raise damaged(packed.path, f"{name} is missing or has another shape")
     if len(expected) != len(packed.tensors) or set(layers) != set(packed.forms):
         raise damaged(packed.path, "it has tensors that the model does not")
@@ -208,11 +181,20 @@ def _tokenizer(packed: PackedFile) -> Tokenizer:
         raise damaged(packed.path, "its tokenizer cannot be read") from error
 
 
-def is_packed(path: str | Path) -> bool:
-    """Whether ``path`` names a packed model rather than a run folder or checkpoint."""
-    return Path(path).suffix == ".safetensors"
+PACKED_NAME = "packed.safetensors"
+"""The packed model of a run folder whose weights came in packed."""
+
+
+def packed_file(path: str | Path) -> Path | None:
+    """The packed model that ``path`` names, itself or as a run folder that holds one, or ``None``."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return path
+    inside = path / PACKED_NAME
+    return inside if inside.is_file() else None
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
     """``(model, tokenizer)`` of a run folder, a checkpoint or a packed model."""
-    return load_packed(path, device) if is_packed(path) else load_checkpoint(path, device)
+    packed = packed_file(path)
+    return load_checkpoint(path, device) if packed is None else load_packed(packed, device)

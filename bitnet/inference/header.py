@@ -12,35 +12,24 @@ So every byte of the file is covered. Nothing in it is executed, and no memory i
 
 import dataclasses
 import hashlib
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
+from bitnet import tensor_file
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.inference.packing import HEAD_DTYPES, LayerForms
+from bitnet.tensor_file import Entry, Malformed, parse_json
 
 FORMAT_VERSION = 1
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-MAX_HEADER = 100_000_000
-"""The limit of the safetensors library."""
 NO_DIGEST = "0" * 64
 CHUNK = 1 << 22
 
 
-def seal_of(length: bytes, header: bytes) -> str:
-    """The digest of a header whose own ``sha256`` is ``NO_DIGEST``."""
-    return hashlib.sha256(length + header).hexdigest()
+def seal_of(header: bytes) -> str:
+    """The digest of a header, its length included, whose own ``sha256`` is ``NO_DIGEST``."""
+    return hashlib.sha256(len(header).to_bytes(8, "little") + header).hexdigest()
 
 
 def with_seal(header: bytes, old: str, new: str) -> bytes:
@@ -60,9 +49,11 @@ class PackedFile:
     forms: LayerForms
     digests: dict[str, str]
     tokenizer_json: str
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]]
-    """Dtype, shape and bytes of each tensor, in the order of the file."""
+    tensors: dict[str, Entry]
+    """In the order of the file."""
     data_start: int
+    description: dict[str, Any]
+    """All that the header says under ``bitnet``, optional entries (see ``bitnet.checkpoint.EXTRAS``) among it."""
 
 
 def damaged(path: Path, what: str) -> UserError:
@@ -76,51 +67,24 @@ def _config(path: Path, fields: dict[str, Any]) -> ModelConfig:
         raise damaged(path, str(error).rstrip(".")) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
-    return found
-
-
 def read_header(path: str | Path) -> PackedFile:
     """Read and check the header of a packed model. Raises ``UserError`` for anything else."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = file.read(8)
-            n = int.from_bytes(length, "little")
-            if len(length) < 8 or n > min(MAX_HEADER, size - 8):
-                raise damaged(path, "its header does not fit into it")
-            text = file.read(n)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        text = tensor_file.read_header(path)
+        size = path.stat().st_size
+        header = parse_json(text)
         metadata = header.pop("__metadata__", {})
         if "bitnet" not in metadata:
             raise UserError(f"{path}: a safetensors file, but not one that 'bitnet pack' wrote.")
         seal = metadata["sha256"]
-        blank = with_seal(text, seal, NO_DIGEST)
-        if seal_of(length, blank) != seal:
+        if seal_of(with_seal(text, seal, NO_DIGEST)) != seal:
             raise damaged(path, "the digest of its header is wrong")
-        description = json.loads(metadata["bitnet"], object_pairs_hook=_unique)
+        description = parse_json(metadata["bitnet"])
         version = description["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: packed format {version}; this version reads {FORMAT_VERSION}.")
-        tensors, position = {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            start, end = entry["data_offsets"]
-            nbytes = dtype.itemsize
-            for n in shape:
-                nbytes *= n
-            if min(shape, default=0) < 0 or start != position or end - start != nbytes:
-                raise damaged(path, f"{name} does not lie where it should")
-            tensors[name], position = (dtype, shape, nbytes), end
-        if 8 + len(text) + position != size:
-            raise damaged(path, f"{8 + len(text) + position:,} bytes expected, {size:,} found")
+        tensors = tensor_file.entries(header, len(text), size)
         if description["head"] not in HEAD_DTYPES or set(description["digests"]) != set(tensors):
             raise damaged(path, "its description does not fit its tensors")
         if description["config"]["n_layers"] > len(tensors):
@@ -136,16 +100,21 @@ def read_header(path: str | Path) -> PackedFile:
             tokenizer_json=description["tokenizer"],
             tensors=tensors,
             data_start=8 + len(text),
+            description=description,
         )
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    except Malformed as error:
+        raise damaged(path, str(error)) from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise damaged(path, f"{type(error).__name__} in its header") from error
 
 
 def stream(file: BinaryIO, packed: PackedFile, name: str) -> Iterator[bytearray]:
     """The bytes of a tensor in chunks of whole rows, digest checked at the end."""
-    _, shape, nbytes = packed.tensors[name]
+    shape, nbytes = packed.tensors[name].shape, packed.tensors[name].nbytes
     row = max(1, nbytes // max(1, shape[0])) if shape else nbytes
     step = max(row, CHUNK // row * row)
     digest = hashlib.sha256()

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from bitnet.data.tokens import UNSAID
 from bitnet.estimate import flops_per_token
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
@@ -187,7 +188,7 @@ class SampleText(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.world_size > 1:
             return
         tokenizer = pl_module.data.tokenizer
-        prompt = [int(i) for i in pl_module.data.tokens.ids("val")[: self.PROMPT_TOKENS]]
+        prompt = [int(i) % UNSAID for i in pl_module.data.tokens.ids("val")[: self.PROMPT_TOKENS]]
         room = pl_module.config.max_seq_len - len(prompt)
         model = pl_module.transformer
         ids = list(

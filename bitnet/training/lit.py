@@ -184,7 +184,9 @@ class LitBitNet(L.LightningModule):
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         served = self.recipe.served(self.global_step, self.total_steps)
-        content["bitnet"] = checkpoint.describe(self.config, served, self.data.tokenizer.to_str())
+        content["bitnet"] = checkpoint.describe(
+            self.config, served, self.data.tokenizer.to_str(), self.data.chat_extras()
+        )
         content["bitnet"]["data"] = self.data.summary()
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:

@@ -111,10 +111,9 @@ def edited(file: Path, **changes: object) -> Path:
         target[leaf] = value
     header["__metadata__"] = {"bitnet": json.dumps(description), "sha256": "0" * 64}
     text = json.dumps(header, separators=(",", ":")).encode()
-    length = len(text).to_bytes(8, "little")
-    text = with_seal(text, "0" * 64, seal_of(length, text))
+    text = with_seal(text, "0" * 64, seal_of(text))
     new = file.with_name("edited.safetensors")
-    new.write_bytes(length + text + whole[8 + n :])
+    new.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + n :])
     return new
 
 

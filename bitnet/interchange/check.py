@@ -1,0 +1,247 @@
+"""The proof of an export: the other program reads it, and its probabilities are compared with ours.
+
+The texts that are compared are what the model itself writes, so that their tokens are likely ones. The other program
+runs in a process of its own, by a script that imports nothing of this library; where it is not installed, the report
+says so. An export that misses its bound is never given its name.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitnet.errors import UserError
+from bitnet.generate import Sampling, generate_tokens
+from bitnet.interchange import read_by_llama_cpp, read_by_transformers
+from bitnet.interchange.opened import Opened
+from bitnet.interchange.parts import without_activation_quantization
+from bitnet.model import Transformer
+
+TEXTS = (
+    "The 12 cats didn't sleep.",
+    "na\u00efve caf\u00e9 \u2014 \u201cquoted\u201d",
+    "\U0001f600 \u4f60\u597d \u0440\u0443\u0441\u0441\u043a\u0438\u0439",
+    "tabs\tand  spaces \r\n\r\n  end ",
+    "def f(x):\n    return x**2 # 3.14159",
+)
+"""Strings that tokenizers disagree about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What an export must meet, and against which forward of ours."""
+
+    against: str = "this model here"
+    difference: float | None = None
+    """Largest absolute difference of a logit (of a log-probability where a program gives no logits)."""
+    kl: float | None = None
+    argmax: float | None = None
+    float_activations: bool = False
+
+    def __str__(self) -> str:
+        parts = []
+        if self.difference is not None:
+            parts.append("equality" if self.difference == 0 else f"difference < {self.difference:g}")
+        if self.kl is not None:
+            parts.append(f"KL < {self.kl:g}")
+        if self.argmax is not None:
+            parts.append(f"argmax >= {self.argmax:.0%}")
+        return ", ".join(parts)
+
+
+FLOAT = "the model without activation quantization"
+EXACT = Bound(difference=0.0)
+LAST_BITS = Bound(kl=1e-4, argmax=0.99)
+ROUNDED = Bound(kl=1e-2, argmax=0.9)
+"""Embedding, norms and scales in bfloat16, and a forward in it."""
+SAME_GRAPH = Bound(difference=1e-4, against=FLOAT, float_activations=True)
+HALF = Bound(kl=1e-4, argmax=0.99, against=FLOAT, float_activations=True)
+BLOCK_ACTIVATIONS = Bound(kl=1e-3, argmax=0.9)
+"""int8 activations with a scale for every block of a row: llama.cpp's ternary products."""
+
+
+def bound_of_hf(form: str, dtype: str) -> Bound:
+    """What a Hugging Face folder must meet."""
+    if dtype != "float32":
+        return Bound(kl=ROUNDED.kl, argmax=ROUNDED.argmax, float_activations=form == "dense")
+    return {"bitlinear": EXACT, "dense": SAME_GRAPH}.get(form, LAST_BITS)
+
+
+def bound_of_gguf(kind: str) -> Bound:
+    """What a GGUF file must meet."""
+    return {"f32": SAME_GRAPH, "f16": HALF}.get(kind, BLOCK_ACTIVATIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two programs on the same tokens: log-probabilities (T, V) of each."""
+
+    tokens: int
+    difference: float
+    mean_difference: float
+    kl: float
+    argmax: float
+
+    def failures(self, bound: Bound) -> list[str]:
+        """What misses the bound, in words; NaN misses every bound."""
+        missed = []
+        if bound.difference is not None:
+            exact = bound.difference == 0
+            if not (self.difference == 0 if exact else self.difference < bound.difference):
+                missed.append(f"the largest difference is {self.difference:.3g}")
+        if bound.kl is not None and not self.kl < bound.kl:
+            missed.append(f"the KL divergence is {self.kl:.3g}")
+        if bound.argmax is not None and not self.argmax >= bound.argmax:
+            missed.append(f"the most likely tokens agree for {self.argmax:.1%}")
+        return missed
+
+
+def compare(ours: Tensor, theirs: Tensor, logits: bool) -> Comparison:
+    """Both (T, V): logits, or log-probabilities where ``logits`` is false (ours are logits always)."""
+    p, q = ours.double().log_softmax(-1), theirs.double()
+    q = q.log_softmax(-1) if logits else q
+    difference = (ours.double() - theirs.double() if logits else p - q).abs()
+    return Comparison(
+        tokens=ours.shape[0],
+        difference=float(difference.max()),
+        mean_difference=float(difference.mean()),
+        kl=float((p.exp() * (p - q)).sum(-1).mean()),
+        argmax=float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+    )
+
+
+def own_texts(opened: Opened, tokens: int) -> list[list[int]]:
+    """Ids of texts that the model writes, ``tokens`` in all: more than one where its context is short."""
+    start = [opened.eos_id]
+    room = max(1, opened.model.config.max_seq_len - 1)  # other programs want to write one more
+    texts = []
+    for seed in range(-(-tokens // room)):
+        length = min(room, tokens - seed * room)
+        sampling = Sampling(temperature=1.0, top_k=0, seed=seed)
+        more = generate_tokens(opened.model, start, length - 1, sampling) if length > 1 else ()
+        texts.append(start + list(more))
+    return texts
+
+
+def logits_of(model: Transformer, texts: list[list[int]]) -> Tensor:
+    """(T, V) of all texts, one after another, each in one pass."""
+    device = model.norm.weight.device
+    with torch.inference_mode():
+        return torch.cat([model(torch.tensor([ids], device=device))[0].float().cpu() for ids in texts])
+
+
+def _run(script: Any, target: Path, request: dict[str, Any], program: str) -> dict[str, Any]:
+    """Ask the other program in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        ask, out = Path(folder) / "request.json", Path(folder) / "answer.npz"
+        ask.write_text(json.dumps(request), encoding="utf-8")
+        # Without TORCHDYNAMO_DISABLE transformers compiles its quantizers for a minute, and needs a C++ compiler.
+        environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, script.__file__, str(target), str(ask), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in lines if "error" in line.lower()]
+            raise UserError(f"{program} could not read it ({(errors or lines or ['no message'])[-1].strip()[:200]}).")
+        with np.load(out) as answer:
+            return {name: answer[name] for name in answer.files}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the other program found; ``problems`` is empty when everything holds."""
+
+    program: str
+    comparison: Comparison | None
+    bound: Bound
+    problems: list[str]
+    why_not: str = ""
+
+    def lines(self) -> list[str]:
+        """For people: each figure with the bound that it must meet."""
+        if self.comparison is None:
+            return [f"check       not done: {self.why_not}"]
+        c = self.comparison
+        return [
+            f"check       {self.program} against {self.bound.against}, {c.tokens} tokens",
+            f"  difference  max {c.difference:.3g}, mean {c.mean_difference:.3g}",
+            f"  KL          {c.kl:.3g} nats",
+            f"  argmax      {c.argmax:.1%} agree",
+            f"  bound       {self.bound}: {'missed' if self.problems else 'met'}",
+        ]
+
+
+def _tokens_differ(opened: Opened, answer: dict[str, Any], add_special_tokens: bool) -> list[str]:
+    mine = [opened.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids for text in TEXTS]
+    theirs = json.loads(str(answer["tokens"]))
+    wrong = [text for text, a, b in zip(TEXTS, mine, theirs, strict=True) if a != b]
+    return [f"{len(wrong)} of {len(TEXTS)} texts have other tokens, such as {wrong[0]!r}"] if wrong else []
+
+
+def _report(
+    opened: Opened,
+    bound: Bound,
+    tokens: int,
+    ask: Callable[[list[list[int]]], tuple[dict[str, Any], Tensor, bool, str]],
+    special: bool,
+) -> Report:
+    texts = own_texts(opened, tokens)
+    answer, theirs, are_logits, program = ask(texts)
+    model = without_activation_quantization(opened.model) if bound.float_activations else opened.model
+    found = compare(logits_of(model, texts), theirs, are_logits)
+    problems = found.failures(bound) + _tokens_differ(opened, answer, special)
+    return Report(program=program, comparison=found, bound=bound, problems=problems)
+
+
+def not_done(bound: Bound, why: str) -> Report:
+    return Report(program="", comparison=None, bound=bound, problems=[], why_not=why)
+
+
+def check_hf(opened: Opened, folder: Path, bound: Bound, tokens: int) -> Report:
+    """Compare a Hugging Face folder, as transformers computes it, with ``opened``."""
+    if not tokens:
+        return not_done(bound, "--check_tokens 0")
+    if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
+        return not_done(bound, "transformers and accelerate are not installed (pip install 'bitnet-lightning[hf]')")
+
+    def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
+        request = {"ids": ids, "texts": TEXTS, "threads": torch.get_num_threads()}
+        answer = _run(read_by_transformers, folder, request, "transformers")
+        return answer, torch.from_numpy(answer["logits"]), True, f"transformers {answer['version']}"
+
+    return _report(opened, bound, tokens, ask, special=True)
+
+
+def check_gguf(opened: Opened, file: Path, bound: Bound, tokens: int) -> Report:
+    """Compare a GGUF file, as llama.cpp computes it, with ``opened``."""
+    if not tokens:
+        return not_done(bound, "--check_tokens 0")
+    if importlib.util.find_spec("xllamacpp") is None:
+        return not_done(bound, "llama.cpp is not installed (pip install xllamacpp)")
+
+    def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
+        vocab_size = opened.model.config.vocab_size
+        plain = next(i for i in range(vocab_size) if (opened.tokenizer.id_to_token(i) or "").isalpha())
+        request = {
+            "ids": ids,
+            "vocab_size": vocab_size,
+            "plain": plain,
+            "texts": TEXTS,
+            "threads": torch.get_num_threads(),
+        }
+        answer = _run(read_by_llama_cpp, file, request, "llama.cpp")
+        # A probability that rounds to 0 in float32 has no logarithm there.
+        logprobs = torch.nan_to_num(torch.from_numpy(answer["logprobs"]), nan=-105.0, neginf=-105.0)
+        return answer, logprobs, False, f"llama.cpp (xllamacpp {answer['version']})"
+
+    return _report(opened, bound, tokens, ask, special=False)

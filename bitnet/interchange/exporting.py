@@ -1,0 +1,91 @@
+"""``bitnet export``: write under a temporary name, let the other program read it, and only then give it its name."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bitnet.errors import UserError
+from bitnet.interchange.card import write_card
+from bitnet.interchange.check import Report, bound_of_gguf, bound_of_hf, check_gguf, check_hf, not_done
+from bitnet.interchange.gguf_export import architecture, check_type, write_gguf
+from bitnet.interchange.hf_export import Form, check_form, write_hf
+from bitnet.interchange.opened import Opened
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """A path beside ``out`` to write to, which becomes ``out`` when the body succeeds and vanishes when it fails."""
+    # The suffix stays at the end: programs look at it.
+    partial = out.with_name(f".{os.getpid()}.partial.{out.name}")
+    try:
+        yield partial
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}).") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _announce(report: Report, out: Path) -> None:
+    print("\n".join(report.lines()))
+    if report.problems:
+        raise UserError(
+            f"{out}: not written, since {report.program} computes another model: {'; '.join(report.problems)}."
+        )
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else list(path.iterdir())
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.2f} MB"
+
+
+def export_hf(opened: Opened, out: Path, *, source: Path, form: Form, dtype: str, check_tokens: int) -> None:
+    """Write a Hugging Face folder. Raises ``UserError`` when the model does not fit the form or fails its check."""
+    form = check_form(opened.model, form, dtype)
+    with _partial(out) as folder:
+        folder.mkdir()
+        write_hf(
+            folder,
+            opened.model,
+            opened.tokenizer,
+            form=form,
+            dtype=dtype,
+            eos_id=opened.eos_id,
+            chat_template=opened.chat_template,
+        )
+        report = check_hf(opened, folder, bound_of_hf(form, dtype), check_tokens)
+        write_card(folder, opened, source=source, form=form, dtype=dtype, report=report)
+        print(f"{out}: {_size(folder)}, form {form}, {dtype}")
+        _announce(report, out)
+
+
+def export_gguf(opened: Opened, out: Path, *, kind: str, check_tokens: int) -> None:
+    """Write a GGUF file. Raises ``UserError`` when the model does not fit the type or fails its check."""
+    check_type(opened.model, kind)
+    arch = architecture(opened.model.config, kind)
+    bound = bound_of_gguf(kind)
+    with _partial(out) as file:
+        write_gguf(
+            file,
+            opened.model,
+            opened.tokenizer,
+            kind=kind,
+            name=out.stem,
+            eos_id=opened.eos_id,
+            chat_template=opened.chat_template,
+        )
+        if arch == "bitnet-b1.58":
+            report = not_done(bound, "llama.cpp has no relu2 graph; ik_llama.cpp and bitnet.cpp read this file")
+        elif kind == "i2_s":
+            report = not_done(
+                bound, "llama.cpp does not know i2_s; bitnet.cpp reads this file, ik_llama.cpp requantizes it"
+            )
+        else:
+            report = check_gguf(opened, file, bound, check_tokens)
+        print(f"{out}: {_size(file)}, architecture {arch}, type {kind}")
+        _announce(report, out)

@@ -1,0 +1,176 @@
+"""A GGUF file of the architectures llama and bitnet as a model of ours.
+
+Matrices of the ternary types stay ternary where a matrix has one scale, as ours and llama.cpp's converters write them;
+every other type (Q4_1, Q8_0, K-quants, F16, ...) is dequantized to float32: what was lost by it stays lost, and the
+origin says so.
+"""
+
+import collections
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitnet.config import ModelConfig
+from bitnet.errors import UserError
+from bitnet.inference.files import place
+from bitnet.inference.packed_linear import PackedLinear
+from bitnet.inference.packing import packed_skeleton
+from bitnet.interchange.gguf_blocks import separate_rows
+from bitnet.interchange.gguf_tokenizer import read_tokenizer
+from bitnet.interchange.names import GGUF
+from bitnet.interchange.opened import Opened
+from bitnet.model import Transformer, without_memory
+from bitnet_kernels import FORMATS
+
+ARCHITECTURES = {"llama": (False, "silu"), "bitnet": (True, "silu"), "bitnet-b1.58": (True, "relu2")}
+"""Sub-norms and activation of the graph that each name stands for."""
+TERNARY = ("TQ1_0", "TQ2_0")
+
+
+def _config(get: Any, tied: bool, file: Path) -> ModelConfig:
+    arch = get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise UserError(f"{file}: architecture {arch!r}; this library has the graphs of {', '.join(ARCHITECTURES)}.")
+    sub_norm, activation = ARCHITECTURES[arch]
+
+    def number(key: str, default: Any = None) -> Any:
+        value = get(f"{arch}.{key}", default)
+        if value is None:
+            raise UserError(f"{file}: has no {arch}.{key}.")
+        return value
+
+    if get(f"{arch}.rope.scaling.type", "none") != "none":
+        raise UserError(f"{file}: scaled rotary positions are not in this graph.")
+    if get(f"{arch}.expert_count", 0):
+        raise UserError(f"{file}: a mixture of experts is not in this graph.")
+    heads, dim = number("attention.head_count"), number("embedding_length")
+    config = ModelConfig(
+        vocab_size=number("vocab_size", len(get("tokenizer.ggml.tokens", []))),
+        dim=dim,
+        n_layers=number("block_count"),
+        n_heads=heads,
+        n_kv_heads=number("attention.head_count_kv", heads),
+        ffn_dim=number("feed_forward_length"),
+        max_seq_len=number("context_length"),
+        activation=activation,  # type: ignore[arg-type]
+        sub_norm=sub_norm,
+        tie_embeddings=tied,
+        norm_eps=float(np.float32(number("attention.layer_norm_rms_epsilon")).astype(str)),
+        rope_theta=number("rope.freq_base", 10_000.0),
+    )
+    if number("rope.dimension_count", config.head_dim) != config.head_dim:
+        raise UserError(f"{file}: rotary positions over a part of the head are not in this graph.")
+    return config
+
+
+def _ternary(dense: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``(levels, inv_scale)`` of a matrix with values -s, 0 and s; ``None`` for any other."""
+    scale = dense.abs().max()
+    levels = (dense / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    return (levels.to(torch.int8), scale.reciprocal().reshape(1)) if torch.equal(levels * scale, dense) else None
+
+
+class _Reader:
+    """Tensors of a GGUF file by our names, dequantized one at a time."""
+
+    def __init__(self, file: Path) -> None:
+        import gguf
+
+        self.file = file
+        try:
+            self.reader = gguf.GGUFReader(file)
+        except (ValueError, KeyError, IndexError, OSError) as error:
+            raise UserError(f"{file}: not a GGUF file that the gguf package reads ({error}).") from error
+        self.tensors = {}
+        for tensor in self.reader.tensors:
+            module, _, leaf = tensor.name.rpartition(".")
+            ours = GGUF.ours(module)
+            if tensor.name.startswith("rope_freqs"):
+                raise UserError(f"{file}: scaled rotary positions ({tensor.name}) are not in this graph.")
+            if ours is None or leaf != "weight":
+                raise UserError(f"{file}: {tensor.name} has no place in this graph.")
+            self.tensors[ours] = tensor
+
+    def get(self, key: str, default: Any = None) -> Any:
+        found = self.reader.get_field(key)
+        return default if found is None else found.contents()
+
+    def kind(self, name: str) -> str:
+        return str(self.tensors[name].tensor_type.name)
+
+    def read(self, name: str, config: ModelConfig) -> Tensor:
+        """Float32, rows in the order of this library."""
+        import gguf
+
+        tensor = self.tensors[name]
+        try:
+            dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.file}: {tensor.name} is of type {self.kind(name)}, which cannot be read."
+            ) from error
+        heads = {"wq": config.n_heads, "wk": config.kv_heads}.get(name.rpartition(".")[2])
+        if heads and self.get("general.architecture") == "llama":
+            dense = separate_rows(dense, heads)
+        return torch.from_numpy(np.array(dense, dtype=np.float32))  # the reader's memory is the file
+
+
+def read_gguf(file: Path) -> Opened:
+    """The model of a GGUF file. Raises ``UserError`` for what this library cannot compute or read."""
+    reader = _Reader(file)
+    config = _config(reader.get, "lm_head" not in reader.tensors, file)
+    kinds = collections.Counter(reader.kind(n) for n in reader.tensors if ".attention.w" in n or ".feed_forward.w" in n)
+    ternary = bool(kinds) and set(kinds) <= set(TERNARY)
+    if ternary:
+        model: Transformer = packed_skeleton(config, _forms(config), "float32")
+        place(model)  # type: ignore[arg-type]
+    else:
+        with without_memory():
+            model = Transformer(config)
+        model.to_empty(device="cpu")
+        if config.tie_embeddings:
+            model.lm_head.weight = model.tok_embeddings.weight
+    for name, module in model.named_modules():
+        weight = module.packed if isinstance(module, PackedLinear) else getattr(module, "weight", None)
+        if weight is None or (name == "lm_head" and config.tie_embeddings):
+            continue
+        if name not in reader.tensors:
+            raise UserError(f"{file}: has no {GGUF.theirs(name)}.weight.")
+        _fill(name, module, reader.read(name, config), reader)
+    fields = {k.removeprefix("tokenizer.ggml."): reader.get(k) for k in reader.reader.fields if "tokenizer.ggml." in k}
+    tokenizer, eos = read_tokenizer(fields, file)
+    weight = "ternary" if ternary else "none"
+    listed = ", ".join(f"{kind} ({count} matrices)" for kind, count in kinds.most_common())
+    return Opened(
+        model=model.join_blocks() if ternary else model.requires_grad_(False).eval(),  # type: ignore[operator]
+        tokenizer=tokenizer,
+        recipe={"name": "BitNet", "weight": weight, "act_bits": 8 if ternary else "none"},
+        chat_template=reader.get("tokenizer.chat_template"),
+        eos_token=eos,
+        origin={"file": file.name, "kind": "GGUF", "name": reader.get("general.name"), "types": listed},
+    )
+
+
+def _forms(config: ModelConfig) -> Any:
+    with without_memory():
+        skeleton = Transformer(config)
+    return {n: ("ternary2", 8) for n, m in skeleton.named_modules() if type(m) is nn.Linear and n != "lm_head"}
+
+
+def _fill(name: str, module: nn.Module, dense: Tensor, reader: _Reader) -> None:
+    packed = module if isinstance(module, PackedLinear) else None
+    weight = cast(Tensor, module.weight) if packed is None else packed.packed
+    shape = tuple(weight.shape) if packed is None else (packed.out_features, packed.in_features)
+    if tuple(dense.shape) != shape:
+        raise UserError(f"{reader.file}: {GGUF.theirs(name)} is {tuple(dense.shape)}, and its config says {shape}.")
+    if packed is None:
+        weight.detach().copy_(dense)
+        return
+    found = _ternary(dense)
+    if found is None:
+        raise UserError(f"{reader.file}: {GGUF.theirs(name)} has more than one scale; such files are not read.")
+    weight.copy_(FORMATS[packed.format].pack(found[0]))
+    packed.inv_scale.copy_(found[1])

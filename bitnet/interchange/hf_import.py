@@ -1,0 +1,306 @@
+"""A Hugging Face folder as a model of ours: BitNet, Llama with bit layers, and plain Llama-shaped float models.
+
+Packed ternary weights become packed ternary weights, each with the scale that the file has. Latent weights (mode
+``online``) become a BitNet run that can be trained on. Float weights become a float model in the dtype of the file.
+Tensors are read one at a time, so that an import takes the memory of its result and of one matrix.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, processors
+from torch import Tensor, nn
+
+from bitnet.config import ModelConfig
+from bitnet.data.tokenizer import load_tokenizer
+from bitnet.errors import UserError
+from bitnet.inference.files import place
+from bitnet.inference.packed_linear import HeadDtype, PackedLinear, StoredEmbedding, StoredHead
+from bitnet.inference.packed_model import PackedTransformer
+from bitnet.inference.packing import LayerForms, packed_skeleton
+from bitnet.interchange.hf_export import unpack_rows
+from bitnet.interchange.names import HUGGING_FACE
+from bitnet.interchange.opened import Opened
+from bitnet.model import RMSNorm, Transformer, without_memory
+from bitnet.recipes import BitNet
+from bitnet.tensor_file import TensorFile
+from bitnet_kernels import FORMATS
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bitnet": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "hidden_act": "relu2", "max_position_embeddings": 2048},
+    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
+}
+"""What transformers assumes when config.json does not say."""
+
+
+class Folder:
+    """The tensors of a folder, from one file or from shards, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = _json(index).get("weight_map", {})
+            # A name in an index is a file beside it, never a path to elsewhere.
+            files = {name: TensorFile(folder / Path(name).name) for name in sorted(set(names.values()))}
+            self._where = {tensor: files[file] for tensor, file in names.items()}
+            for tensor, file in self._where.items():
+                if tensor not in file.entries:
+                    raise UserError(f"{index}: {tensor} is not in {file.path.name}.")
+        else:
+            whole = folder / "model.safetensors"
+            if not whole.is_file():
+                others = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "none"
+                raise UserError(f"{folder}: no model.safetensors (pickled weights are not read; found: {others}).")
+            one = TensorFile(whole)
+            self._where = dict.fromkeys(one.entries, one)
+
+    def __iter__(self) -> Any:
+        return iter(self._where)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._where[name].entries[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._where[name].read(name)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object.")
+    return content
+
+
+def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """``(config, quantization_config)``. Raises ``UserError`` for a graph that ``Transformer`` does not compute."""
+    raw = _json(file)
+    kind = raw.get("model_type")
+    if kind not in DEFAULTS:
+        raise UserError(f"{file}: model_type {kind!r}; this library has the graphs of {' and '.join(DEFAULTS)}.")
+    content = {**DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    for name, wrong in (
+        ("attention_bias", bool(content.get("attention_bias"))),
+        ("mlp_bias", bool(content.get("mlp_bias"))),
+        ("rope_scaling", rope.get("rope_type", rope.get("type", "default")) != "default"),
+        ("pretraining_tp", content.get("pretraining_tp", 1) != 1),
+    ):
+        if wrong:
+            raise UserError(f"{file}: {name} = {rope if name == 'rope_scaling' else content[name]}: not in this graph.")
+    try:
+        heads, dim = int(content["num_attention_heads"]), int(content["hidden_size"])
+        if content.get("head_dim", dim // heads) * heads != dim:
+            raise UserError(f"{file}: head_dim = {content['head_dim']}: must be hidden_size / num_attention_heads.")
+        config = ModelConfig(
+            vocab_size=content["vocab_size"],
+            dim=dim,
+            n_layers=content["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=content.get("num_key_value_heads", heads),
+            ffn_dim=content["intermediate_size"],
+            max_seq_len=content["max_position_embeddings"],
+            activation=_activation(content["hidden_act"], file),
+            sub_norm=kind == "bitnet",
+            tie_embeddings=bool(content.get("tie_word_embeddings", False)),
+            norm_eps=content["rms_norm_eps"],
+            init_std=content.get("initializer_range", 0.02),
+            rope_theta=float(rope.get("rope_theta", content["rope_theta"])),
+        )
+    except KeyError as error:
+        raise UserError(f"{file}: has no {error.args[0]}.") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: a size is not a number ({error}).") from error
+    return config, content.get("quantization_config")
+
+
+def _activation(name: str, file: Path) -> Any:
+    known = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
+    if name not in known:
+        raise UserError(f"{file}: hidden_act = {name}: must be silu or relu2.")
+    return known[name]
+
+
+def _low_bit(quantization: dict[str, Any] | None, file: Path) -> tuple[bool, bool]:
+    """``(online, inverted)``: latent weights; and whether weight_scale divides (bitlinear) rather than multiplies."""
+    assert quantization is not None
+    if quantization.get("quant_method") != "bitnet":
+        raise UserError(f"{file}: quant_method {quantization.get('quant_method')!r}: only 'bitnet' is read.")
+    if quantization.get("use_rms_norm"):
+        raise UserError(f"{file}: use_rms_norm: norms inside the linears are not in this graph.")
+    linear = quantization.get("linear_class", "bitlinear")
+    if linear not in ("bitlinear", "autobitlinear"):
+        raise UserError(f"{file}: linear_class {linear!r}: must be bitlinear or autobitlinear.")
+    kept = quantization.get("modules_to_not_convert")
+    if kept is not None and any(name != "lm_head" for name in kept):
+        raise UserError(f"{file}: modules_to_not_convert = {kept}: all linears of the blocks must be low-bit.")
+    return quantization.get("quantization_mode", "offline") == "online", linear == "bitlinear"
+
+
+def _names(folder: Folder, path: Path) -> dict[str, str]:
+    """Our tensor name -> the file's, for all of its tensors. Raises ``UserError`` for one that has no place here."""
+    found = {}
+    for theirs in folder:
+        module, _, leaf = theirs.rpartition(".")
+        ours = HUGGING_FACE.ours(module)
+        if theirs.endswith("rotary_emb.inv_freq"):
+            continue
+        if ours is None or leaf not in ("weight", "weight_scale"):
+            raise UserError(f"{path}: {theirs} has no place in this graph.")
+        found[f"{ours}.{leaf}"] = theirs
+    return found
+
+
+def _check_names(wanted: set[str], found: dict[str, str], path: Path, tied: bool) -> None:
+    """Refuse a file that lacks a tensor or has one too many; a tied head may be written out."""
+    surplus = sorted(set(found) - wanted - ({"lm_head.weight"} if tied else set()))
+    if surplus:
+        raise UserError(f"{path}: {found[surplus[0]]} has no place in this graph.")
+    if lacking := sorted(wanted - set(found)):
+        module, _, leaf = lacking[0].rpartition(".")
+        raise UserError(f"{path}: has no {HUGGING_FACE.theirs(module)}.{leaf} ({len(lacking)} missing).")
+
+
+def _fit(tensor: Tensor, shape: tuple[int, ...], name: str, path: Path) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, and its config says {shape}.")
+    return tensor
+
+
+def _float_model(config: ModelConfig, folder: Folder, path: Path, recipe: BitNet) -> Transformer:
+    with without_memory():
+        model = Transformer(config)
+        recipe.prepare(model)
+    names = _names(folder, path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_embeddings:
+        del shapes["lm_head.weight"]
+    _check_names(set(shapes), names, path, config.tie_embeddings)
+    names.pop("lm_head.weight" if config.tie_embeddings else "", None)
+    state = {ours: _fit(folder.read(theirs), shapes[ours], theirs, path) for ours, theirs in names.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.tok_embeddings.weight
+    return model.requires_grad_(False).eval()
+
+
+def _trits(stored: Tensor, name: str, path: Path) -> Tensor:
+    """int8 levels (N, K) of packed or of float trits."""
+    if stored.dtype == torch.uint8:
+        try:
+            return unpack_rows(stored)
+        except ValueError as error:
+            raise UserError(f"{path}: {name}: {error}.") from error
+    levels = stored.to(torch.int8)
+    if not torch.equal(levels.to(stored.dtype), stored) or int(levels.abs().max()) > 1:
+        raise UserError(f"{path}: {name} is neither packed nor of -1, 0 and 1; is its mode 'online'?")
+    return levels
+
+
+HEAD_OF: dict[torch.dtype, HeadDtype] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def _slots(model: PackedTransformer) -> dict[str, PackedLinear | Tensor]:
+    """Where each weight of a file goes, by our module names."""
+    slots: dict[str, PackedLinear | Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            slots[name] = module
+        elif isinstance(module, StoredEmbedding | StoredHead):
+            slots[name] = module.table.weight
+        elif isinstance(module, nn.Linear | nn.Embedding | RMSNorm):
+            slots[name] = module.weight.data
+    if model.config.tie_embeddings:
+        del slots["lm_head"]
+    return slots
+
+
+def _packed_model(config: ModelConfig, folder: Folder, path: Path, inverted: bool) -> PackedTransformer:
+    names = _names(folder, path)
+    linears = [n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")]
+    embedding = names.get("tok_embeddings.weight")
+    if embedding is None:
+        raise UserError(f"{path}: has no model.embed_tokens.")
+    with without_memory():
+        skeleton = Transformer(config)
+    wanted = {name for name, m in skeleton.named_modules() if type(m) is nn.Linear and name != "lm_head"}
+    if wanted != set(linears):
+        odd = min(wanted ^ set(linears))
+        raise UserError(f"{path}: {HUGGING_FACE.theirs(odd)}: exactly the linears of the blocks have a weight_scale.")
+    forms: LayerForms = dict.fromkeys(linears, ("ternary2", 8))
+    model = packed_skeleton(config, forms, HEAD_OF.get(folder.dtype(embedding), "float32"))
+    place(model)
+    slots = _slots(model)
+    weights = {f"{name}.weight" for name in slots} | {f"{name}.weight_scale" for name in linears}
+    _check_names(weights, names, path, config.tie_embeddings)
+    for name, slot in slots.items():
+        theirs = names[f"{name}.weight"]
+        stored = folder.read(theirs)
+        if isinstance(slot, Tensor):
+            slot.copy_(_fit(stored, tuple(slot.shape), theirs, path))
+            continue
+        levels = _fit(_trits(stored, theirs, path), (slot.out_features, slot.in_features), theirs, path)
+        slot.packed.copy_(FORMATS[slot.format].pack(levels))
+        theirs = names[f"{name}.weight_scale"]
+        scale = _fit(folder.read(theirs).float().reshape(-1), (1,), theirs, path)
+        slot.inv_scale.copy_(scale if inverted else scale.reciprocal())
+    return model.join_blocks()
+
+
+def read_tokenizer(folder: Path) -> tuple[Tokenizer, str | None, str | None]:
+    """``(tokenizer, chat template, eos token)`` of a folder with a tokenizer.json."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json; save the tokenizer in its fast form first (AutoTokenizer does).")
+    tokenizer = load_tokenizer(folder)
+    file = folder / "tokenizer_config.json"
+    content = _json(file) if file.is_file() else {}
+    template = content.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+    def token(name: str) -> str | None:
+        value = content.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) and tokenizer.token_to_id(value) is not None else None
+
+    bos = token("bos_token")
+    if content.get("add_bos_token") and bos and tokenizer.post_processor is None:
+        # Some folders leave this to transformers: say it in the tokenizer itself.
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return tokenizer, template if isinstance(template, str) else None, token("eos_token")
+
+
+def read_hf(folder: Path) -> Opened:
+    """The model of a Hugging Face folder. Raises ``UserError`` for what this library cannot compute or read."""
+    config, quantization = read_config(folder / "config.json")
+    tokenizer, template, eos = read_tokenizer(folder)
+    tensors = Folder(folder)
+    if quantization is None:
+        recipe = BitNet(weight="none", act_bits="none")
+        model: Transformer = _float_model(config, tensors, folder, recipe)
+    else:
+        online, inverted = _low_bit(quantization, folder / "config.json")
+        recipe = BitNet()
+        model = (
+            _float_model(config, tensors, folder, recipe)
+            if online
+            else _packed_model(config, tensors, folder, inverted)
+        )
+    return Opened(
+        model=model,
+        tokenizer=tokenizer,
+        recipe={"name": "BitNet", **{k: getattr(recipe, k) for k in ("weight", "act_bits")}},
+        chat_template=template,
+        eos_token=eos,
+        origin={"folder": folder.resolve().name, "kind": "Hugging Face"},
+    )

@@ -1,0 +1,111 @@
+"""``bitnet import``: another program's model as a run folder, compared with that program before it gets its name.
+
+Packed ternary weights stay packed (``packed.safetensors`` in the folder); everything else is a checkpoint.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from bitnet.checkpoint import describe
+from bitnet.errors import UserError
+from bitnet.estimate import count_parameters
+from bitnet.inference.files import PACKED_NAME, save_packed
+from bitnet.inference.packed_linear import PackedLinear
+from bitnet.inference.packed_model import PackedTransformer
+from bitnet.interchange.check import BLOCK_ACTIVATIONS, EXACT, LAST_BITS, ROUNDED, Bound, Report, check_gguf, check_hf
+from bitnet.interchange.opened import Opened
+from bitnet.interchange.parts import forms, matrices, tables, vectors
+from bitnet.model import Transformer
+from bitnet.recipes import BitNet
+
+
+def latent_state(model: Transformer) -> dict[str, torch.Tensor]:
+    """Float weights to train on: a packed matrix becomes levels x c with the c whose absmean is the stored scale."""
+    state = {}
+    for matrix in matrices(model):
+        weight = matrix.weight
+        if weight is None:
+            assert matrix.levels is not None and matrix.inv_scale is not None
+            share = matrix.levels.count_nonzero() / matrix.levels.numel()
+            weight = matrix.levels.float() / (matrix.inv_scale * share.clamp(min=1e-9))
+        state[f"{matrix.name}.weight"] = weight
+    state |= {f"{name}.weight": weight for name, weight in vectors(model)}
+    state |= {f"{name}.weight": weight for name, weight in tables(model).items()}
+    state.setdefault("lm_head.weight", state["tok_embeddings.weight"])  # tied: one tensor under both names, as in a run
+    return state
+
+
+def save_run(opened: Opened, folder: Path, trainable: bool) -> None:
+    """Write a run folder: the model, tokenizer.json, and where it came from."""
+    model = opened.model
+    if isinstance(model, PackedTransformer):
+        save_packed(model, opened.tokenizer, folder / PACKED_NAME, recipe=opened.recipe, extras=opened.extras())
+    if trainable or not isinstance(model, PackedTransformer):
+        options = {key: value for key, value in opened.recipe.items() if key != "name"}
+        recipe = BitNet(**options)
+        content = {
+            "bitnet": describe(model.config, recipe, opened.tokenizer.to_str(), opened.extras()),
+            "state_dict": {f"model.{name}": tensor for name, tensor in latent_state(model).items()},
+            "global_step": 0,
+        }
+        (folder / "checkpoints").mkdir()
+        torch.save(content, folder / "checkpoints" / "last.ckpt")
+    opened.tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "origin.json").write_text(json.dumps(opened.origin, indent=1) + "\n", encoding="utf-8")
+
+
+def _check(opened: Opened, path: Path, tokens: int) -> Report:
+    if path.suffix == ".gguf":
+        # A quantized file is computed by llama.cpp with rounded activations, and by us from its dequantized weights.
+        bound = BLOCK_ACTIVATIONS if forms(opened.model)[0] != "none" else Bound(kl=1e-2, argmax=0.9)
+        return check_gguf(opened, path, bound, tokens)
+    content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    quantization = content.get("quantization_config")
+    if (content.get("dtype") or content.get("torch_dtype")) != "float32":
+        bound = ROUNDED  # transformers computes in the dtype of the file
+    elif quantization is None:
+        bound = Bound(kl=1e-4, argmax=0.99)
+    else:
+        bound = EXACT if quantization.get("linear_class", "bitlinear") == "bitlinear" else LAST_BITS
+    return check_hf(opened, path, bound, tokens)
+
+
+def import_model(path: Path, out: Path, *, trainable: bool, check_tokens: int) -> None:
+    """Make the run folder ``out``. Raises ``UserError`` for what cannot be read, or computes something else here."""
+    if path.suffix == ".gguf":
+        from bitnet.interchange.gguf_import import read_gguf
+
+        opened = read_gguf(path)
+    elif (path / "config.json").is_file():
+        from bitnet.interchange.hf_import import read_hf
+
+        opened = read_hf(path)
+    else:
+        raise UserError(f"{path}: neither a GGUF file nor a Hugging Face folder with a config.json.")
+    packed = any(isinstance(module, PackedLinear) for module in opened.model.modules())
+    if trainable and not packed:
+        raise UserError("--trainable: these weights are not packed; they can be trained as they are.")
+    partial = out.with_name(f".{os.getpid()}.partial.{out.name}")
+    try:
+        partial.mkdir()
+        save_run(opened, partial, trainable)
+        counts = count_parameters(opened.model.config)
+        weight, act_bits = forms(opened.model)
+        kind = "float weights" if weight == "none" else f"{weight} weights, {act_bits}-bit activations"
+        print(f"{out}: {counts.total:,} parameters, {kind}")
+        for name, value in opened.origin.items():
+            print(f"  {name}: {value}")
+        opened.model.float()
+        report = _check(opened, path, check_tokens)
+        print("\n".join(report.lines()))
+        if report.problems:
+            raise UserError(f"{out}: not written, since {report.program} computes another model: {report.problems[0]}.")
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

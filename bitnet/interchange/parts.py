@@ -1,0 +1,110 @@
+"""A model as exporters see it, whether it was trained, packed or imported.
+
+The scale of a low-bit matrix is the one that is served. It is never computed again from the levels: the mean magnitude
+of a ternary matrix is smaller than its scale by the share of zeros.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bitnet.errors import UserError
+from bitnet.inference.packed_linear import PackedLinear, StoredEmbedding, StoredHead
+from bitnet.layers import BitLinear
+from bitnet.layers.bit_linear import ActBits
+from bitnet.model import RMSNorm, Transformer, without_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A matrix (N, K) of a linear layer: float, or integer levels that count ``levels / inv_scale``."""
+
+    name: str
+    weight: Tensor | None
+    """Float: plain, or latent where there are levels; ``None`` where the latent weight was not kept."""
+    levels: Tensor | None = None
+    """int8, -1, 0 and 1."""
+    inv_scale: Tensor | None = None
+    """Float32 (1,)."""
+
+    def dense(self) -> Tensor:
+        """What the layer multiplies by, float32 (N, K)."""
+        if self.levels is None:
+            assert self.weight is not None
+            return self.weight.float()
+        assert self.inv_scale is not None
+        return self.levels.float() / self.inv_scale
+
+
+def _matrix(name: str, linear: nn.Module) -> Matrix:
+    if getattr(linear, "bias", None) is not None:
+        raise UserError(f"{name} has a bias; no export format of this model family has room for it.")
+    if isinstance(linear, PackedLinear):
+        if linear.inv_scale.numel() != 1:
+            raise UserError(f"{name} has a scale for each row; export formats take one for the matrix.")
+        return Matrix(name=name, weight=None, levels=linear.weight_levels(), inv_scale=linear.inv_scale)
+    if isinstance(linear, BitLinear) and linear.weight_kind != "none":
+        q, inv_scale = linear.quantized_weight()
+        return Matrix(name=name, weight=linear.weight.detach(), levels=q, inv_scale=inv_scale.reshape(1))
+    assert isinstance(linear, nn.Linear)
+    return Matrix(name=name, weight=linear.weight.detach())
+
+
+def matrices(model: Transformer) -> Iterator[Matrix]:
+    """The linears of the blocks, one at a time."""
+    kinds = (PackedLinear, nn.Linear)
+    for number, block in enumerate(model.layers):
+        for name, module in block.named_modules():
+            if isinstance(module, kinds):
+                yield _matrix(f"layers.{number}.{name}", module)
+
+
+def vectors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every norm: our name and its weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            yield name, module.weight.detach()
+
+
+def tables(model: Transformer) -> dict[str, Tensor]:
+    """The embedding, and the head where it is not the same matrix, float32 (V, D)."""
+    found = {}
+    for name in ("tok_embeddings", "lm_head"):
+        if name == "lm_head" and model.config.tie_embeddings:
+            continue
+        module = model.get_submodule(name)
+        stored = isinstance(module, StoredEmbedding | StoredHead)
+        found[name] = module.table.rows(slice(None)) if stored else module.weight.detach()  # type: ignore[union-attr,operator]
+    return found
+
+
+def forms(model: Transformer) -> tuple[str, ActBits]:
+    """``(weights, activation bits)`` of the blocks: weights are ternary, binary or none (float).
+
+    Raises ``UserError`` where blocks differ: no export format can say so.
+    """
+    found: set[tuple[str, ActBits]] = set()
+    for _, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            found.add(("binary" if module.format == "binary1" else "ternary", module.act_bits))
+        elif isinstance(module, BitLinear):
+            found.add((module.weight_kind, module.act_bits))
+    if len(found) > 1:
+        listed = ", ".join(f"{weight} weights with {bits}-bit activations" for weight, bits in sorted(found, key=str))
+        raise UserError(f"the layers of this model differ ({listed}); no export format can say so.")
+    return found.pop() if found else ("none", "none")
+
+
+def without_activation_quantization(model: Transformer) -> Transformer:
+    """The float model that multiplies by the dense form of every matrix: the graph alone."""
+    with without_memory():
+        plain = Transformer(model.config)
+    state = {f"{matrix.name}.weight": matrix.dense() for matrix in matrices(model)}
+    state |= {f"{name}.weight": weight for name, weight in vectors(model)}
+    state |= {f"{name}.weight": weight.float() for name, weight in tables(model).items()}
+    state.setdefault("lm_head.weight", state["tok_embeddings.weight"])
+    plain.load_state_dict(state, assign=True)
+    if model.config.tie_embeddings:
+        plain.lm_head.weight = plain.tok_embeddings.weight
+    return plain.requires_grad_(False).eval()

@@ -1,0 +1,240 @@
+"""lm-eval on our models: the scores of its own Hugging Face wrapper, and equal ones for every form of a model."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+
+from bitnet.__main__ import main
+from bitnet.errors import UserError
+from bitnet.evaluation.lm import BitNetLM
+from bitnet.evaluation.published import MODELS, of_the_same_size
+from bitnet.evaluation.tasks import find_task, run_tasks, task_of_lines
+from bitnet.generate import generate
+from bitnet.interchange.opened import open_model
+
+CHOICES = [
+    {"query": "Question: Who ran over the hill?", "choices": ["the small dog", "a red ball", "the river"], "gold": 0},
+    {"query": "Question: What did Ann find?", "choices": ["a hat", "a red ball"], "gold": 1},
+    {
+        "query": "Question: When are the days short?\n",
+        "choices": ["in winter", "on the hill", "beside the river"],
+        "gold": 0,
+    },
+]
+WORDS = [
+    {"context": "The small dog ran over the green hill and sat down beside the", "continuation": "river."},
+    {"context": "A girl named Ann found a red ball in the", "continuation": "garden,"},
+]
+OPTIONS = [
+    {
+        "context_options": ["The dog was wet so the dog", "The dog was wet so the cat"],
+        "continuation": "sat by the fire.",
+        "gold": 0,
+    },
+    {
+        "context_options": ["Ann was glad, so the ball", "Ann was glad, so Ann"],
+        "continuation": "ran over the hill.",
+        "gold": 1,
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, items in (("who", CHOICES), ("lastword_a", WORDS), ("pronouns", OPTIONS)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forms(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint, the packed file and the Hugging Face folder of one run."""
+    folder = tmp_path_factory.mktemp("forms")
+    packed, hf = folder / "m.safetensors", folder / "hf"
+    assert main(["pack", str(finished_run), "--out", str(packed)]) == 0
+    assert main(["export", str(finished_run), "--format", "hf", "--out", str(hf), "--check_tokens", "0"]) == 0
+    return {"checkpoint": finished_run, "packed": packed, "hf": hf}
+
+
+def lm_of(path: Path, **options: object) -> BitNetLM:
+    opened = open_model(path)
+    return BitNetLM(opened.model, opened.tokenizer, **options)
+
+
+def requests(pairs: list[tuple[str, ...]], kind: str = "loglikelihood") -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+
+
+PAIRS = [
+    ("The small dog ran over", " the green hill"),
+    ("The small dog ran over ", "the river"),
+    ("", "In winter the days are short"),
+    ("Where is my hat? " * 30, "nobody knew"),  # longer than the context
+    ("A girl", " named Ann"),
+]
+
+
+def test_log_likelihoods_are_those_of_lm_evals_own_wrapper(forms) -> None:
+    """transformers on the exported folder, driven by lm-eval's code, is the reference."""
+    from lm_eval.models.huggingface import HFLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = HFLM(pretrained=str(forms["hf"]), dtype="auto", batch_size=1, device="cpu")
+    mine = lm_of(forms["checkpoint"])
+    assert mine.max_length == theirs.max_length
+    for kind, pairs in (
+        ("loglikelihood", PAIRS),
+        ("loglikelihood_rolling", [("The days are short. " * 20,), ("Ann",)]),
+    ):
+        expected = getattr(theirs, kind)(requests(pairs, kind), disable_tqdm=True)
+        found = getattr(mine, kind)(requests(pairs, kind))
+        for a, b in zip(expected, found, strict=True):
+            if kind == "loglikelihood":
+                assert (b[0], b[1]) == (pytest.approx(a[0], abs=2e-4), a[1])
+            else:
+                assert b == pytest.approx(a, abs=2e-3)
+
+
+def test_a_log_likelihood_by_hand(forms) -> None:
+    """Against the logits themselves, one token at a time."""
+    opened = open_model(forms["checkpoint"])
+    context, said = opened.tokenizer.encode("The small").ids, opened.tokenizer.encode("The small dog").ids
+    said = said[len(context) :]
+    total, greedy, ids = 0.0, True, list(context)
+    for token in said:
+        with torch.inference_mode():
+            logits = opened.model(torch.tensor([ids]))[0, -1].double()
+        total += float(logits.log_softmax(-1)[token])
+        greedy &= int(logits.argmax()) == token
+        ids.append(token)
+    ((found, is_greedy),) = BitNetLM(opened.model, opened.tokenizer).loglikelihood(requests([("The small", " dog")]))
+    assert found == pytest.approx(total, abs=1e-4) and is_greedy == greedy
+
+
+def test_batches_change_nothing_but_rounding(forms) -> None:
+    one = lm_of(forms["checkpoint"], batch_tokens=1).loglikelihood(requests(PAIRS))
+    all_ = lm_of(forms["checkpoint"], batch_tokens=10_000).loglikelihood(requests(PAIRS))
+    for a, b in zip(one, all_, strict=True):
+        assert a[0] == pytest.approx(b[0], abs=1e-3)
+
+
+def test_scores_are_equal_for_checkpoint_packed_file_and_folder(forms, data, capsys) -> None:
+    found = {}
+    for form, path in forms.items():
+        options = ["--tasks", "who,lastword,pronouns", "--tasks_data", str(data), "--json"]
+        assert main(["evaluate", str(path), *options]) == 0
+        found[form] = json.loads(capsys.readouterr().out)
+    assert found["checkpoint"] == found["packed"] == found["hf"]
+    metrics = {(score["task"], score["metric"]): score for score in found["hf"]["tasks"]}
+    assert set(metrics) == {
+        ("who", "acc"), ("who", "acc_norm"), ("lastword_a", "acc"), ("lastword_a", "perplexity"), ("pronouns", "acc"),
+    }  # fmt: skip
+    assert metrics["who", "acc"]["items"] == 3
+
+
+def test_items_of_lines_mean_what_they_say(forms, data) -> None:
+    """Accuracy and perplexity from log-likelihoods asked one by one."""
+    lm = lm_of(forms["checkpoint"])
+
+    def likelihood(context: str, continuation: str) -> tuple[float, bool]:
+        return lm.loglikelihood(requests([(context, continuation)]))[0]
+
+    def best(pairs: list[tuple[str, str]]) -> int:
+        scores = [likelihood(*pair)[0] for pair in pairs]
+        return scores.index(max(scores))
+
+    right = [best([(i["query"].strip() + "\nAnswer:", " " + c) for c in i["choices"]]) == i["gold"] for i in CHOICES]
+    words = [likelihood(i["context"], " " + i["continuation"]) for i in WORDS]
+    which = [best([(o, " " + i["continuation"]) for o in i["context_options"]]) == i["gold"] for i in OPTIONS]
+    scores = {(s.task, s.metric): s.value for s in run_tasks(lm, ["who", "lastword_a", "pronouns"], data=data)}
+    assert scores["who", "acc"] == pytest.approx(sum(right) / 3)
+    assert scores["lastword_a", "perplexity"] == pytest.approx(math.exp(-sum(w[0] for w in words) / 2), rel=1e-3)
+    assert scores["lastword_a", "acc"] == sum(w[1] for w in words) / 2
+    assert scores["pronouns", "acc"] == sum(which) / 2
+
+
+def test_a_yaml_task_and_a_limit(forms, data, tmp_path, capsys) -> None:
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data / "who.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(task))
+    assert main(["evaluate", str(forms["packed"]), "--tasks", str(file), "--limit", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "mine      2  acc" in said and "no published figures" in said
+
+
+def test_generation_stops_where_the_task_says(forms) -> None:
+    lm = lm_of(forms["checkpoint"])
+    full = generate(lm.model, lm.bpe, "The small dog", max_new_tokens=12, temperature=0.0)
+    until = full[4:6]
+    (text,) = lm.generate_until(requests([("The small dog", {"until": [until], "max_gen_toks": 12})], "generate_until"))
+    assert text == full[: full.index(until)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nothing.jsonl", None, "no such file"),
+        ("empty.jsonl", "", "no JSON object in its first line"),
+        ("list.jsonl", "[1]\n", "no JSON object in its first line"),
+        ("odd.jsonl", '{"question": "x"}\n', "its fields are question; a task has one of"),
+    ],
+)
+def test_bad_tasks_are_named(name, content, words, tmp_path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        find_task(str(tmp_path / name), None)
+
+
+def test_refusals_of_the_command(forms, data, capsys) -> None:
+    for options, words in (
+        (["--tasks", "unheard"], "cannot be run"),
+        (["--tasks", "unheard", "--tasks_data", str(data)], "which has lastword_a, pronouns, who"),
+        ([], "give either --data.path (a text) or --tasks"),
+    ):
+        assert main(["evaluate", str(forms["packed"]), *options]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_forms_of_tasks_have_fields_that_tell_them_apart(data) -> None:
+    kinds = {name: task_of_lines(data / f"{name}.jsonl")["output_type"] for name in ("who", "lastword_a", "pronouns")}
+    assert kinds == {"who": "multiple_choice", "lastword_a": "loglikelihood", "pronouns": "multiple_choice"}
+
+
+def test_published_figures_are_of_the_same_size() -> None:
+    assert [m.name for m in of_the_same_size(130_000_000, ["piqa"])] == ["OPT-125M"]
+    assert of_the_same_size(3_000_000, ["piqa"]) == []
+    bitnet = next(m for m in MODELS if m.name == "BitNet b1.58 700M")
+    assert sum(bitnet.scores.values()) / 7 == pytest.approx(44.3, abs=0.06)  # the average that the paper prints
+    float_twin = next(m for m in MODELS if m.name == "LLaMA FP16 1.3B")
+    assert sum(float_twin.scores.values()) / 7 == pytest.approx(46.2, abs=0.06)
+
+
+@pytest.mark.slow
+def test_real_tasks_offline(shared_data, forms, capsys) -> None:
+    names = "arc_easy,arc_challenge,piqa,boolq,winogrande,lambada"
+    options = ["--tasks", names, "--tasks_data", str(shared_data / "eval"), "--limit", "20", "--json"]
+    found = []
+    for path in forms.values():
+        assert main(["evaluate", str(path), *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+    assert len({score["task"] for score in found[0]["tasks"]}) == 6

@@ -1,0 +1,210 @@
+"""Chat templates against transformers', the sandbox, conversations as training data, and talking."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from bitnet.__main__ import main
+from bitnet.chat import Conversation
+from bitnet.chat_template import PLAIN_TEMPLATE, ChatText, conversation, render
+from bitnet.data.datamodule import TokenDataModule
+from bitnet.data.tokenizer import train_tokenizer
+from bitnet.data.tokens import UNSAID
+from bitnet.errors import UserError
+from bitnet.generate import Sampling
+from bitnet.interchange.opened import open_model
+from bitnet.loss import IGNORE, next_token_loss
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "Who ran?"},
+    {"role": "assistant", "content": "The small dog."},
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "Over the hill."},
+]
+NAMES = {"eos_token": "<|endoftext|>", "bos_token": ""}
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN_TEMPLATE])
+@pytest.mark.parametrize("answer_follows", [True, False])
+def test_templates_render_as_in_transformers(template, answer_follows) -> None:
+    theirs = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(["text"], 257), eos_token="<|endoftext|>")
+    theirs.chat_template = template
+    for messages in (TALK[:1], TALK, [{"role": "system", "content": " Be brief.\n"}, *TALK]):
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+        assert render(messages, template, NAMES, answer_follows=answer_follows) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% for x in range(10**9) %}{% endfor %}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+    ],
+)
+def test_the_sandbox_holds(template) -> None:
+    messages = [dict(message) for message in TALK]
+    with pytest.raises(UserError, match="the chat template fails"):
+        render(messages, template, NAMES, answer_follows=True)
+    assert messages == TALK
+
+
+def test_answers_are_parts_of_their_own() -> None:
+    text = conversation(TALK, CHATML, NAMES)
+    assert isinstance(text, ChatText)
+    assert text == render(TALK, CHATML, NAMES, answer_follows=False)
+    assert [part for part, said in text.parts if said] == ["The small dog.<|im_end|>\n", "Over the hill.<|im_end|>\n"]
+    # What is before an answer is exactly the prompt of a model that answers.
+    assert text.parts[0] == (render(TALK[:1], CHATML, NAMES, answer_follows=True), False)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (None, "must be a list"),
+        ([], "must be a list"),
+        ([{"role": "user"}], "needs a role and a content"),
+        ([{"role": "user", "content": "x"}], "nothing to learn"),
+    ],
+)
+def test_bad_conversations_are_refused(messages, words) -> None:
+    with pytest.raises(UserError, match=words):
+        conversation(messages, None, NAMES)
+
+
+def test_a_template_that_rewrites_the_past_is_refused() -> None:
+    with pytest.raises(UserError, match="changes what was said before"):
+        conversation(TALK, "{{ messages | length }}{{ messages[-1].content }}", NAMES)
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    file = tmp_path / "chats.jsonl"
+    talks = [TALK[:2], TALK, [{"role": "system", "content": "Be kind."}, *TALK[2:]]] * 20
+    file.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    return file
+
+
+def test_only_answers_are_targets(chats, tmp_path) -> None:
+    """The ids of a token file, taken apart by hand."""
+    data = TokenDataModule(
+        str(chats), chat_template="plain", vocab_size=300, seq_len=16, batch_size=2, cache_dir=str(tmp_path / "cache")
+    )
+    store = data.prepare_tokens()
+    ids = np.asarray(store.ids("train-0")).astype(np.int64)
+    said, all_ = ids[ids < UNSAID], ids % UNSAID
+    text = store.tokenizer.decode(said.tolist(), skip_special_tokens=False)
+    assert set(text.split("<|endoftext|>\n")) <= {" The small dog.", " Over the hill.", ""}
+    whole = store.tokenizer.decode(all_.tolist(), skip_special_tokens=False)
+    assert whole.startswith(("User: Who ran?\nAssistant: The small dog.<|endoftext|>\n", "Be kind."))
+    batch = next(iter(data.train_dataloader()))
+    assert int(batch["inputs"].max()) < store.vocab_size
+    assert 0 < int((batch["targets"] != IGNORE).sum()) < batch["targets"].numel()
+    kept = batch["targets"][batch["targets"] != IGNORE]
+    assert int(kept.max()) < store.vocab_size
+    for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
+        known = targets[:-1] != IGNORE
+        assert torch.equal(inputs[1:][known], targets[:-1][known])
+
+
+def test_a_batch_without_answers_teaches_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10))
+    batch = {"inputs": torch.zeros(2, 3, dtype=torch.int64), "targets": torch.full((2, 3), IGNORE)}
+    loss = next_token_loss(model, batch)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+@pytest.fixture
+def answering(chats, tmp_path, run_fit) -> Path:
+    """Folder of a run of some steps on conversations."""
+    folder = tmp_path / "run"
+    options = ["--data.chat_template=plain", "--trainer.max_steps=80", "--model.optim.lr=1e-2", "--data.seq_len=64"]
+    run_fit(chats, folder, *options, "--model.config.dropout=0")
+    return folder
+
+
+def test_fit_on_conversations_learns_the_answers_and_chat_gives_them(answering, monkeypatch, capsys, tmp_path) -> None:
+    summary = json.loads((answering / "summary.json").read_text())
+    assert summary["figures"]["val/loss"] < 0.5
+    said = iter(["Who ran?", "Where?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(said))
+    assert main(["generate", str(answering), "--chat", "--temperature", "0", "--max_new_tokens", "20"]) == 0
+    assert capsys.readouterr().out == "The small dog.\nOver the hill.\n"
+    assert open_model(answering).chat_template == PLAIN_TEMPLATE
+    packed = tmp_path / "m.safetensors"
+    assert main(["pack", str(answering), "--out", str(packed)]) == 0
+    assert open_model(packed).chat_template == PLAIN_TEMPLATE
+
+
+def test_old_messages_make_room(answering) -> None:
+    opened = open_model(answering)
+    talk = Conversation(opened.model, opened.tokenizer, opened.chat_template, opened.eos_id)
+    for _ in range(6):
+        text = "".join(talk.answer("Who ran?", max_new_tokens=10, sampling=Sampling(temperature=0)))
+        assert text == "The small dog."
+    assert len(talk.messages) == 12
+    with pytest.raises(UserError, match="does not fit"):
+        list(talk.answer("word " * 200))
+    assert len(talk.messages) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"chat_template": "nowhere.jinja"}, "neither 'plain' nor a file"),
+        ({"chat_template": "plain", "streaming": True}, "not streamed"),
+    ],
+)
+def test_bad_settings_are_refused(options, words, chats) -> None:
+    with pytest.raises(UserError, match=words):
+        TokenDataModule(str(chats), **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"messages": 3}\n', "line 1: 'messages' must be a list"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\nnot json', "line 2 is not a JSON object"),
+    ],
+)
+def test_bad_lines_are_named(content, words, tmp_path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    data = TokenDataModule(str(file), chat_template="plain", vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=words):
+        data.prepare_tokens()
+
+
+def test_one_conversation_cannot_be_divided(tmp_path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"messages": TALK}))
+    data = TokenDataModule(str(file), chat_template="plain", vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="one conversation cannot be divided"):
+        data.prepare_tokens()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--chat", "--prompt", "x"], "leave out --prompt"), ([], "give a --prompt, or --chat")],
+)
+def test_chat_or_prompt(options, words, answering, capsys) -> None:
+    assert main(["generate", str(answering), *options]) == 2
+    assert words in capsys.readouterr().err
