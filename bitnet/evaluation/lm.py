@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitnet.data.tokenizer import find_eos
+from bitnet.errors import UserError
 from bitnet.generate import Sampling, stream_batch
 from bitnet.model import Transformer
 
@@ -59,6 +60,11 @@ class BitNetLM(TemplateLM):  # type: ignore[misc]
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(
+                f"an answer of {longest} tokens does not fit into the model's context of {self.max_length}."
+            )
         rows = [self._inputs(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)

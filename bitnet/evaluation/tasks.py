@@ -143,6 +143,8 @@ def run_tasks(
                 log_samples=False,
                 task_manager=TaskManager(include_defaults=built_in),
             )
+    except UserError:
+        raise
     except (ConnectionError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitnet.errors import UserError
 from bitnet.generate import Sampling, generate_tokens
-from bitnet.interchange import read_by_llama_cpp, read_by_transformers
+from bitnet.interchange import read_by_ik_llama_cpp, read_by_llama_cpp, read_by_transformers
 from bitnet.interchange.opened import Opened
 from bitnet.interchange.parts import without_activation_quantization
 from bitnet.model import Transformer
@@ -107,9 +107,12 @@ class Comparison:
 
 
 def compare(ours: Tensor, theirs: Tensor, logits: bool) -> Comparison:
-    """Both (T, V): logits, or log-probabilities where ``logits`` is false (ours are logits always)."""
-    p, q = ours.double().log_softmax(-1), theirs.double()
-    q = q.log_softmax(-1) if logits else q
+    """Both (T, V): logits, or log-probabilities where ``logits`` is false (ours are logits always).
+
+    Theirs are normalized in any case: llama.cpp adds the probabilities of a large vocabulary in float32, so that all
+    its logarithms are off by 2e-4 alike.
+    """
+    p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
     difference = (ours.double() - theirs.double() if logits else p - q).abs()
     return Comparison(
         tokens=ours.shape[0],
@@ -203,16 +206,16 @@ def _report(
     return Report(program=program, comparison=found, bound=bound, problems=problems)
 
 
-def not_done(bound: Bound, why: str) -> Report:
+def _not_done(bound: Bound, why: str) -> Report:
     return Report(program="", comparison=None, bound=bound, problems=[], why_not=why)
 
 
 def check_hf(opened: Opened, folder: Path, bound: Bound, tokens: int) -> Report:
     """Compare a Hugging Face folder, as transformers computes it, with ``opened``."""
     if not tokens:
-        return not_done(bound, "--check_tokens 0")
+        return _not_done(bound, "--check_tokens 0")
     if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
-        return not_done(bound, "transformers and accelerate are not installed (pip install 'bitnet-lightning[hf]')")
+        return _not_done(bound, "transformers and accelerate are not installed (pip install 'bitnet-lightning[hf]')")
 
     def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
         request = {"ids": ids, "texts": TEXTS, "threads": torch.get_num_threads()}
@@ -222,20 +225,24 @@ def check_hf(opened: Opened, folder: Path, bound: Bound, tokens: int) -> Report:
     return _report(opened, bound, tokens, ask, special=True)
 
 
+def _plain_token(opened: Opened) -> int:
+    """An id whose text is a whole word or letter."""
+    ids = range(opened.model.config.vocab_size)
+    return next(i for i in ids if (opened.tokenizer.id_to_token(i) or "").isalpha())
+
+
 def check_gguf(opened: Opened, file: Path, bound: Bound, tokens: int) -> Report:
     """Compare a GGUF file, as llama.cpp computes it, with ``opened``."""
     if not tokens:
-        return not_done(bound, "--check_tokens 0")
+        return _not_done(bound, "--check_tokens 0")
     if importlib.util.find_spec("xllamacpp") is None:
-        return not_done(bound, "llama.cpp is not installed (pip install xllamacpp)")
+        return _not_done(bound, "llama.cpp is not installed (pip install xllamacpp)")
 
     def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
-        vocab_size = opened.model.config.vocab_size
-        plain = next(i for i in range(vocab_size) if (opened.tokenizer.id_to_token(i) or "").isalpha())
         request = {
             "ids": ids,
-            "vocab_size": vocab_size,
-            "plain": plain,
+            "vocab_size": opened.model.config.vocab_size,
+            "plain": _plain_token(opened),
             "texts": TEXTS,
             "threads": torch.get_num_threads(),
         }
@@ -243,5 +250,41 @@ def check_gguf(opened: Opened, file: Path, bound: Bound, tokens: int) -> Report:
         # A probability that rounds to 0 in float32 has no logarithm there.
         logprobs = torch.nan_to_num(torch.from_numpy(answer["logprobs"]), nan=-105.0, neginf=-105.0)
         return answer, logprobs, False, f"llama.cpp (xllamacpp {answer['version']})"
+
+    return _report(opened, bound, tokens, ask, special=False)
+
+
+IK_ROW = 512
+"""Fewest weights of a row of ik_llama.cpp's ternary type."""
+
+
+def check_gguf_in_ik(opened: Opened, file: Path, kind: str, tokens: int) -> Report:
+    """Compare a GGUF file that llama.cpp cannot run, as ik_llama.cpp computes it; I2_S after it has requantized it."""
+    config = opened.model.config
+    bound = BLOCK_ACTIVATIONS if kind == "i2_s" else HALF
+    if not tokens:
+        return _not_done(bound, "--check_tokens 0")
+    if importlib.util.find_spec("ik_llama_cpp") is None:
+        return _not_done(
+            bound, "ik_llama.cpp, which has this graph, is not installed (pip install ik-llama-cpp-python)"
+        )
+    if kind == "i2_s" and min(config.dim, config.ffn_dim) < IK_ROW:
+        return _not_done(bound, f"ik_llama.cpp wants rows of at least {IK_ROW} weights; bitnet.cpp reads this file")
+
+    def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
+        request = {
+            "ids": ids,
+            "vocab_size": config.vocab_size,
+            "texts": TEXTS,
+            "threads": torch.get_num_threads(),
+            "requantize": "IQ2_BN" if kind == "i2_s" else None,
+        }
+        answer = _run(read_by_ik_llama_cpp, file, request, "ik_llama.cpp")
+        return (
+            answer,
+            torch.from_numpy(answer["logits"]),
+            True,
+            f"ik_llama.cpp (ik-llama-cpp-python {answer['version']})",
+        )
 
     return _report(opened, bound, tokens, ask, special=False)

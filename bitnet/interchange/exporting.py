@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitnet.errors import UserError
 from bitnet.interchange.card import write_card
-from bitnet.interchange.check import Report, bound_of_gguf, bound_of_hf, check_gguf, check_hf, not_done
+from bitnet.interchange.check import Report, bound_of_gguf, bound_of_hf, check_gguf, check_gguf_in_ik, check_hf
 from bitnet.interchange.gguf_export import architecture, check_type, write_gguf
 from bitnet.interchange.hf_export import Form, check_form, write_hf
 from bitnet.interchange.opened import Opened
@@ -68,7 +68,6 @@ def export_gguf(opened: Opened, out: Path, *, kind: str, check_tokens: int) -> N
     """Write a GGUF file. Raises ``UserError`` when the model does not fit the type or fails its check."""
     check_type(opened.model, kind)
     arch = architecture(opened.model.config, kind)
-    bound = bound_of_gguf(kind)
     with _partial(out) as file:
         write_gguf(
             file,
@@ -79,13 +78,9 @@ def export_gguf(opened: Opened, out: Path, *, kind: str, check_tokens: int) -> N
             eos_id=opened.eos_id,
             chat_template=opened.chat_template,
         )
-        if arch == "bitnet-b1.58":
-            report = not_done(bound, "llama.cpp has no relu2 graph; ik_llama.cpp and bitnet.cpp read this file")
-        elif kind == "i2_s":
-            report = not_done(
-                bound, "llama.cpp does not know i2_s; bitnet.cpp reads this file, ik_llama.cpp requantizes it"
-            )
+        if arch == "bitnet-b1.58" or kind == "i2_s":
+            report = check_gguf_in_ik(opened, file, kind, check_tokens)
         else:
-            report = check_gguf(opened, file, bound, check_tokens)
+            report = check_gguf(opened, file, bound_of_gguf(kind), check_tokens)
         print(f"{out}: {_size(file)}, architecture {arch}, type {kind}")
         _announce(report, out)

@@ -53,14 +53,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def forms_of(run: Path, folder: Path) -> dict[str, Path]:
+    """A checkpoint, the packed file and the Hugging Face folder of one run."""
+    packed, hf = folder / "m.safetensors", folder / "hf"
+    assert main(["pack", str(run), "--out", str(packed)]) == 0
+    assert main(["export", str(run), "--format", "hf", "--out", str(hf), "--check_tokens", "0"]) == 0
+    return {"checkpoint": run, "packed": packed, "hf": hf}
+
+
 @pytest.fixture(scope="module")
 def forms(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint, the packed file and the Hugging Face folder of one run."""
-    folder = tmp_path_factory.mktemp("forms")
-    packed, hf = folder / "m.safetensors", folder / "hf"
-    assert main(["pack", str(finished_run), "--out", str(packed)]) == 0
-    assert main(["export", str(finished_run), "--format", "hf", "--out", str(hf), "--check_tokens", "0"]) == 0
-    return {"checkpoint": finished_run, "packed": packed, "hf": hf}
+    return forms_of(finished_run, tmp_path_factory.mktemp("forms"))
 
 
 def lm_of(path: Path, **options: object) -> BitNetLM:
@@ -228,10 +231,19 @@ def test_published_figures_are_of_the_same_size() -> None:
     assert sum(float_twin.scores.values()) / 7 == pytest.approx(46.2, abs=0.06)
 
 
+def test_an_answer_beyond_the_context_is_refused(forms) -> None:
+    with pytest.raises(UserError, match="does not fit into the model's context of 32"):
+        lm_of(forms["checkpoint"]).loglikelihood(requests([("Ann", " said so" * 40)]))
+
+
 @pytest.mark.slow
-def test_real_tasks_offline(shared_data, forms, capsys) -> None:
+def test_real_tasks_offline(shared_data, stories, run_fit, tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    run_fit(stories, folder, "--data.seq_len=512", "--data.batch_size=1", "--trainer.max_steps=4")
+    forms = forms_of(folder, tmp_path)
     names = "arc_easy,arc_challenge,piqa,boolq,winogrande,lambada"
     options = ["--tasks", names, "--tasks_data", str(shared_data / "eval"), "--limit", "20", "--json"]
+    capsys.readouterr()
     found = []
     for path in forms.values():
         assert main(["evaluate", str(path), *options]) == 0

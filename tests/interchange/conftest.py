@@ -32,7 +32,7 @@ def opened_model(
     if split:
         tokenizer.pre_tokenizer = SPLITS[split]
     fields = {"dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256, "max_seq_len": 128}
-    config = ModelConfig(vocab_size=300, init_std=0.1, **{**fields, **sizes})
+    config = ModelConfig(vocab_size=300, **{"init_std": 0.1, **fields, **sizes})
     model = Transformer(config)
     recipe = BitNet(weight=weight, act_bits=act_bits)
     recipe.prepare(model)

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from bitnet.errors import UserError
-from bitnet.interchange import check, gguf_export
-from bitnet.interchange.check import BLOCK_ACTIVATIONS, HALF, SAME_GRAPH, bound_of_gguf, check_gguf
+from bitnet.interchange import check, gguf_export, read_by_ik_llama_cpp
+from bitnet.interchange.check import (
+    BLOCK_ACTIVATIONS,
+    HALF,
+    SAME_GRAPH,
+    bound_of_gguf,
+    check_gguf,
+    check_gguf_in_ik,
+    own_texts,
+)
 from bitnet.interchange.gguf_blocks import (
     i2_s,
     interleave_rows,
@@ -222,12 +230,33 @@ def test_the_command_exports_and_imports(trained, tmp_path, capsys) -> None:
     assert "must end in .gguf" in capsys.readouterr().err
 
 
-def test_relu2_and_i2_s_are_written_and_said_to_be_unchecked(tmp_path, capsys) -> None:
+@pytest.mark.parametrize("kind", ["f32", "i2_s"])
+def test_relu2_in_ik_llama_cpp(kind, tmp_path) -> None:
+    """The graph of BitNet 2B4T: logits of the F32 file; I2_S turned into IQ2_BN gives what F32 turned into it gives."""
+    pytest.importorskip("ik_llama_cpp")
+    opened = opened_model(activation="relu2", dim=512, ffn_dim=512, n_heads=8, init_std=0.02)
+    report = check_gguf_in_ik(opened, written(opened, tmp_path / "m.gguf", kind), kind, 100)
+    assert report.problems == []
+
+
+def test_i2_s_is_read_as_the_float_file_is(tmp_path) -> None:
+    pytest.importorskip("ik_llama_cpp")
+    opened = opened_model(activation="relu2", dim=512, ffn_dim=512, n_heads=8)
+    ids = own_texts(opened, 30)
+    found = []
+    for kind in ("f32", "i2_s"):
+        request = {"ids": ids, "vocab_size": 300, "texts": (), "threads": 1, "requantize": "IQ2_BN"}
+        file = written(opened, tmp_path / f"{kind}.gguf", kind)
+        found.append(check._run(read_by_ik_llama_cpp, file, request, "ik_llama.cpp")["logits"])
+    assert np.array_equal(*found)
+
+
+def test_a_relu2_export_says_when_nobody_checked_it(monkeypatch, tmp_path, capsys) -> None:
     from bitnet.interchange.exporting import export_gguf
 
-    opened = opened_model(activation="relu2")
-    export_gguf(opened, tmp_path / "m.gguf", kind="i2_s", check_tokens=8)
-    assert "ik_llama.cpp and bitnet.cpp read this file" in capsys.readouterr().out
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    export_gguf(opened_model(activation="relu2"), tmp_path / "m.gguf", kind="i2_s", check_tokens=8)
+    assert "not done: ik_llama.cpp, which has this graph, is not installed" in capsys.readouterr().out
 
 
 def test_float_import_equals_what_was_exported(tmp_path) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations.bitnet import pack_weights, unpack_weights
 
 from bitnet.errors import UserError
 from bitnet.generate import Sampling, generate_tokens
+from bitnet.inference.files import save_packed
 from bitnet.inference.packing import pack
 from bitnet.interchange import check, hf_export
 from bitnet.interchange.check import EXACT, LAST_BITS, SAME_GRAPH, bound_of_hf, check_hf
@@ -226,7 +227,6 @@ def test_what_cannot_be_held_is_refused(tmp_path) -> None:
 def test_a_failed_check_leaves_nothing(monkeypatch, tmp_path, capsys) -> None:
     """The whole way: transformers in a process of its own, a wrong file, exit 2, no folder."""
     from bitnet.__main__ import main
-    from bitnet.inference.files import save_packed
 
     opened = opened_model()
     save_packed(pack(opened.model), opened.tokenizer, tmp_path / "model.safetensors")
@@ -277,16 +277,25 @@ def test_transformers_4_gives_the_same_bits(trained, tmp_path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages), *wanted]
     if subprocess.run(pip, capture_output=True).returncode:
         pytest.skip("transformers 4.57.6 cannot be installed here")
-    for form, lines in (("bitlinear", "max 0, mean 0"), ("autobitlinear", "argmax >= 99%: met")):
-        command = [sys.executable, "-m", "bitnet", "export", str(trained), "--format", "hf", "--form", form]
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / form)],
-            env={**os.environ, "PYTHONPATH": str(packages)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "transformers 4.57.6" in done.stdout and lines in done.stdout
+    sources = {"trained": trained}
+    for sub_norm in (True, False):
+        for activation in ("silu", "relu2"):
+            opened = opened_model(sub_norm=sub_norm, activation=activation)
+            sources[f"{sub_norm}-{activation}"] = tmp_path / f"{sub_norm}-{activation}.safetensors"
+            save_packed(pack(opened.model), opened.tokenizer, sources[f"{sub_norm}-{activation}"])
+    for name, source in sources.items():
+        for form, lines in (("bitlinear", "max 0, mean 0"), ("autobitlinear", "argmax >= 99%: met")):
+            if form == "autobitlinear" and name != "trained":
+                continue
+            command = [sys.executable, "-m", "bitnet", "export", str(source), "--format", "hf", "--form", form]
+            done = subprocess.run(
+                [*command, "--out", str(tmp_path / f"{name}-{form}")],
+                env={**os.environ, "PYTHONPATH": str(packages)},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            assert "transformers 4.57.6" in done.stdout and lines in done.stdout
 
 
 def test_opened_folder_has_the_same_forward(trained_model, tmp_path) -> None:
