@@ -5,6 +5,7 @@ runs in a process of its own, by a script that imports nothing of this library; 
 says so. An export that misses its bound is never given its name.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from bitnet.errors import UserError
@@ -198,8 +200,11 @@ def _report(
     ask: Callable[[list[list[int]]], tuple[dict[str, Any], Tensor, bool, str]],
     special: bool,
 ) -> Report:
-    texts = own_texts(opened, tokens)
-    answer, theirs, are_logits, program = ask(texts)
+    console = Console(stderr=True)
+    wait = console.status("comparing with the other program") if console.is_terminal else contextlib.nullcontext()
+    with wait:
+        texts = own_texts(opened, tokens)
+        answer, theirs, are_logits, program = ask(texts)
     model = without_activation_quantization(opened.model) if bound.float_activations else opened.model
     found = compare(logits_of(model, texts), theirs, are_logits)
     problems = found.failures(bound) + _tokens_differ(opened, answer, special)

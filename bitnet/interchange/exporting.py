@@ -15,7 +15,7 @@ from bitnet.interchange.opened import Opened
 
 
 @contextmanager
-def _partial(out: Path) -> Iterator[Path]:
+def named_when_proven(out: Path) -> Iterator[Path]:
     """A path beside ``out`` to write to, which becomes ``out`` when the body succeeds and vanishes when it fails."""
     # The suffix stays at the end: programs look at it.
     partial = out.with_name(f".{os.getpid()}.partial.{out.name}")
@@ -31,7 +31,8 @@ def _partial(out: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _announce(report: Report, out: Path) -> None:
+def announce(report: Report, out: Path) -> None:
+    """Print what the other program found. Raises ``UserError`` when it computes something else."""
     print("\n".join(report.lines()))
     if report.problems:
         raise UserError(
@@ -47,7 +48,7 @@ def _size(path: Path) -> str:
 def export_hf(opened: Opened, out: Path, *, source: Path, form: Form, dtype: str, check_tokens: int) -> None:
     """Write a Hugging Face folder. Raises ``UserError`` when the model does not fit the form or fails its check."""
     form = check_form(opened.model, form, dtype)
-    with _partial(out) as folder:
+    with named_when_proven(out) as folder:
         folder.mkdir()
         write_hf(
             folder,
@@ -61,14 +62,14 @@ def export_hf(opened: Opened, out: Path, *, source: Path, form: Form, dtype: str
         report = check_hf(opened, folder, bound_of_hf(form, dtype), check_tokens)
         write_card(folder, opened, source=source, form=form, dtype=dtype, report=report)
         print(f"{out}: {_size(folder)}, form {form}, {dtype}")
-        _announce(report, out)
+        announce(report, out)
 
 
 def export_gguf(opened: Opened, out: Path, *, kind: str, check_tokens: int) -> None:
     """Write a GGUF file. Raises ``UserError`` when the model does not fit the type or fails its check."""
     check_type(opened.model, kind)
     arch = architecture(opened.model.config, kind)
-    with _partial(out) as file:
+    with named_when_proven(out) as file:
         write_gguf(
             file,
             opened.model,
@@ -83,4 +84,4 @@ def export_gguf(opened: Opened, out: Path, *, kind: str, check_tokens: int) -> N
         else:
             report = check_gguf(opened, file, bound_of_gguf(kind), check_tokens)
         print(f"{out}: {_size(file)}, architecture {arch}, type {kind}")
-        _announce(report, out)
+        announce(report, out)

@@ -54,23 +54,7 @@ def i2_s(levels: Levels, scale: float) -> Bytes:
     return np.concatenate([packed.reshape(-1), tail])
 
 
-def read_q2_0(data: Bytes, n: int, k: int) -> NDArray[np.float32]:
-    """The inverse of ``q2_0``: float32 (N, K)."""
-    blocks = data.reshape(n, k // 64, 18)
-    scales = blocks[..., :2].copy().view(np.float16).astype(np.float32)
-    codes = np.stack([blocks[..., 2:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(n, k // 64, 64)
-    return ((codes.astype(np.float32) - 1) * scales).reshape(n, k)
-
-
-def read_i2_s(data: Bytes, n: int, k: int) -> NDArray[np.float32]:
-    """The inverse of ``i2_s``: float32 (N, K)."""
-    packed, tail = data[: n * k // 4].reshape(-1, 32), data[n * k // 4 :]
-    codes = np.stack([packed >> shift & 3 for shift in (6, 4, 2, 0)], axis=1)
-    return (codes.astype(np.float32).reshape(n, k) - 1) * tail[:4].copy().view(np.float32)
-
-
 OWN_WRITERS: dict[str, Callable[[Levels, float], Bytes]] = {"q2_0": q2_0, "i2_s": i2_s}
-OWN_READERS = {OwnType.Q2_0: read_q2_0, OwnType.I2_S: read_i2_s}
 
 
 def interleave_rows(w: NDArray[np.generic], heads: int) -> NDArray[np.generic]:

@@ -17,12 +17,13 @@ from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.inference.files import place
 from bitnet.inference.packed_linear import PackedLinear
+from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import packed_skeleton
 from bitnet.interchange.gguf_blocks import separate_rows
 from bitnet.interchange.gguf_tokenizer import read_tokenizer
 from bitnet.interchange.names import GGUF
 from bitnet.interchange.opened import Opened
-from bitnet.model import Transformer, without_memory
+from bitnet.model import RMSNorm, Transformer, without_memory
 from bitnet_kernels import FORMATS
 
 ARCHITECTURES = {"llama": (False, "silu"), "bitnet": (True, "silu"), "bitnet-b1.58": (True, "relu2")}
@@ -58,7 +59,7 @@ def _config(get: Any, tied: bool, file: Path) -> ModelConfig:
         activation=activation,  # type: ignore[arg-type]
         sub_norm=sub_norm,
         tie_embeddings=tied,
-        norm_eps=float(np.float32(number("attention.layer_norm_rms_epsilon")).astype(str)),
+        norm_eps=float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),  # 1e-05, as it was meant
         rope_theta=number("rope.freq_base", 10_000.0),
     )
     if number("rope.dimension_count", config.head_dim) != config.head_dim:
@@ -118,59 +119,79 @@ class _Reader:
         return torch.from_numpy(np.array(dense, dtype=np.float32))  # the reader's memory is the file
 
 
+def _weights(model: Transformer) -> dict[str, nn.Module]:
+    """The modules that a file has a weight for, by our names."""
+    kinds = (nn.Linear, nn.Embedding, RMSNorm, PackedLinear)
+    found: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    if model.config.tie_embeddings:
+        del found["lm_head"]
+    return found
+
+
+def _check(config: ModelConfig, reader: _Reader) -> None:
+    """Refuse a file that lacks a tensor or has one of another shape, before memory is taken for any."""
+    file = reader.file
+    if config.n_layers > len(reader.tensors):
+        raise UserError(f"{file}: {config.n_layers} blocks in its keys, and only {len(reader.tensors)} tensors.")
+    with without_memory():
+        skeleton = Transformer(config)
+    for name, module in _weights(skeleton).items():
+        wanted = tuple(cast(Tensor, module.weight).shape)
+        if name not in reader.tensors:
+            raise UserError(f"{file}: has no {GGUF.theirs(name)}.weight.")
+        there = tuple(int(n) for n in reversed(reader.tensors[name].shape))
+        if there != wanted:
+            raise UserError(f"{file}: {GGUF.theirs(name)}.weight is {there}, and its keys say {wanted}.")
+
+
 def read_gguf(file: Path) -> Opened:
     """The model of a GGUF file. Raises ``UserError`` for what this library cannot compute or read."""
     reader = _Reader(file)
     config = _config(reader.get, "lm_head" not in reader.tensors, file)
+    _check(config, reader)
     kinds = collections.Counter(reader.kind(n) for n in reader.tensors if ".attention.w" in n or ".feed_forward.w" in n)
-    ternary = bool(kinds) and set(kinds) <= set(TERNARY)
-    if ternary:
-        model: Transformer = packed_skeleton(config, _forms(config), "float32")
-        place(model)  # type: ignore[arg-type]
-    else:
-        with without_memory():
-            model = Transformer(config)
-        model.to_empty(device="cpu")
-        if config.tie_embeddings:
-            model.lm_head.weight = model.tok_embeddings.weight
-    for name, module in model.named_modules():
-        weight = module.packed if isinstance(module, PackedLinear) else getattr(module, "weight", None)
-        if weight is None or (name == "lm_head" and config.tie_embeddings):
-            continue
-        if name not in reader.tensors:
-            raise UserError(f"{file}: has no {GGUF.theirs(name)}.weight.")
-        _fill(name, module, reader.read(name, config), reader)
+    ternary = set(kinds) <= set(TERNARY)
+    model = _packed(config, reader) if ternary else _float(config, reader)
     fields = {k.removeprefix("tokenizer.ggml."): reader.get(k) for k in reader.reader.fields if "tokenizer.ggml." in k}
     tokenizer, eos = read_tokenizer(fields, file)
-    weight = "ternary" if ternary else "none"
     listed = ", ".join(f"{kind} ({count} matrices)" for kind, count in kinds.most_common())
     return Opened(
-        model=model.join_blocks() if ternary else model.requires_grad_(False).eval(),  # type: ignore[operator]
+        model=model,
         tokenizer=tokenizer,
-        recipe={"name": "BitNet", "weight": weight, "act_bits": 8 if ternary else "none"},
+        recipe={
+            "name": "BitNet",
+            "weight": "ternary" if ternary else "none",
+            "act_bits": 8 if ternary else "none",
+        },
         chat_template=reader.get("tokenizer.chat_template"),
         eos_token=eos,
         origin={"file": file.name, "kind": "GGUF", "name": reader.get("general.name"), "types": listed},
     )
 
 
-def _forms(config: ModelConfig) -> Any:
+def _float(config: ModelConfig, reader: _Reader) -> Transformer:
     with without_memory():
-        skeleton = Transformer(config)
-    return {n: ("ternary2", 8) for n, m in skeleton.named_modules() if type(m) is nn.Linear and n != "lm_head"}
+        model = Transformer(config)
+    state = {f"{name}.weight": reader.read(name, config) for name in _weights(model)}
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.tok_embeddings.weight
+    return model.requires_grad_(False).eval()
 
 
-def _fill(name: str, module: nn.Module, dense: Tensor, reader: _Reader) -> None:
-    packed = module if isinstance(module, PackedLinear) else None
-    weight = cast(Tensor, module.weight) if packed is None else packed.packed
-    shape = tuple(weight.shape) if packed is None else (packed.out_features, packed.in_features)
-    if tuple(dense.shape) != shape:
-        raise UserError(f"{reader.file}: {GGUF.theirs(name)} is {tuple(dense.shape)}, and its config says {shape}.")
-    if packed is None:
-        weight.detach().copy_(dense)
-        return
-    found = _ternary(dense)
-    if found is None:
-        raise UserError(f"{reader.file}: {GGUF.theirs(name)} has more than one scale; such files are not read.")
-    weight.copy_(FORMATS[packed.format].pack(found[0]))
-    packed.inv_scale.copy_(found[1])
+def _packed(config: ModelConfig, reader: _Reader) -> PackedTransformer:
+    with without_memory():
+        names = [n for n, m in Transformer(config).named_modules() if type(m) is nn.Linear and n != "lm_head"]
+    model = packed_skeleton(config, dict.fromkeys(names, ("ternary2", 8)), "float32")
+    place(model)
+    for name, module in _weights(model).items():
+        dense = reader.read(name, config)
+        if not isinstance(module, PackedLinear):
+            cast(Tensor, module.weight).detach().copy_(dense)
+            continue
+        found = _ternary(dense)
+        if found is None:
+            raise UserError(f"{reader.file}: {GGUF.theirs(name)} has more than one scale; such files are not read.")
+        module.packed.copy_(FORMATS[module.format].pack(found[0]))
+        module.inv_scale.copy_(found[1])
+    return model.join_blocks()

@@ -20,7 +20,7 @@ from bitnet.inference.files import place
 from bitnet.inference.packed_linear import HeadDtype, PackedLinear, StoredEmbedding, StoredHead
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import LayerForms, packed_skeleton
-from bitnet.interchange.hf_export import unpack_rows
+from bitnet.interchange.hf_export import TRITS, unpack_rows
 from bitnet.interchange.names import HUGGING_FACE
 from bitnet.interchange.opened import Opened
 from bitnet.model import RMSNorm, Transformer, without_memory
@@ -59,8 +59,14 @@ class Folder:
     def __iter__(self) -> Any:
         return iter(self._where)
 
+    def __len__(self) -> int:
+        return len(self._where)
+
     def dtype(self, name: str) -> torch.dtype:
         return self._where[name].entries[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name].entries[name].shape
 
     def read(self, name: str) -> Tensor:
         return self._where[name].read(name)
@@ -155,34 +161,43 @@ def _names(folder: Folder, path: Path) -> dict[str, str]:
     return found
 
 
-def _check_names(wanted: set[str], found: dict[str, str], path: Path, tied: bool) -> None:
-    """Refuse a file that lacks a tensor or has one too many; a tied head may be written out."""
-    surplus = sorted(set(found) - wanted - ({"lm_head.weight"} if tied else set()))
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _check(wanted: Shapes, found: dict[str, str], folder: Folder, path: Path, tied: bool) -> None:
+    """Refuse a file that lacks a tensor, has one too many, or one of another shape, before memory is taken for any.
+
+    A tied head may be written out.
+    """
+    surplus = sorted(set(found) - set(wanted) - ({"lm_head.weight"} if tied else set()))
     if surplus:
         raise UserError(f"{path}: {found[surplus[0]]} has no place in this graph.")
-    if lacking := sorted(wanted - set(found)):
+    if lacking := sorted(set(wanted) - set(found)):
         module, _, leaf = lacking[0].rpartition(".")
         raise UserError(f"{path}: has no {HUGGING_FACE.theirs(module)}.{leaf} ({len(lacking)} missing).")
+    for ours, shape in wanted.items():
+        if (there := folder.shape(found[ours])) != shape:
+            raise UserError(f"{path}: {found[ours]} is {there}, and its config says {shape}.")
 
 
-def _fit(tensor: Tensor, shape: tuple[int, ...], name: str, path: Path) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, and its config says {shape}.")
-    return tensor
-
-
-def _float_model(config: ModelConfig, folder: Folder, path: Path, recipe: BitNet) -> Transformer:
+def _skeleton(config: ModelConfig, folder: Folder, path: Path) -> tuple[Transformer, Shapes]:
+    """The float model without memory, and the shapes of its weights, each once."""
+    if config.n_layers > len(folder):
+        raise UserError(f"{path}: {config.n_layers} layers in its config, and only {len(folder)} tensors.")
     with without_memory():
         model = Transformer(config)
-        recipe.prepare(model)
-    names = _names(folder, path)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_embeddings:
         del shapes["lm_head.weight"]
-    _check_names(set(shapes), names, path, config.tie_embeddings)
-    names.pop("lm_head.weight" if config.tie_embeddings else "", None)
-    state = {ours: _fit(folder.read(theirs), shapes[ours], theirs, path) for ours, theirs in names.items()}
-    model.load_state_dict(state, strict=False, assign=True)
+    return model, shapes
+
+
+def _float_model(config: ModelConfig, folder: Folder, path: Path, recipe: BitNet) -> Transformer:
+    model, shapes = _skeleton(config, folder, path)
+    recipe.prepare(model)
+    names = _names(folder, path)
+    _check(shapes, names, folder, path, config.tie_embeddings)
+    model.load_state_dict({ours: folder.read(names[ours]) for ours in shapes}, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.tok_embeddings.weight
     return model.requires_grad_(False).eval()
@@ -224,33 +239,24 @@ def _slots(model: PackedTransformer) -> dict[str, PackedLinear | Tensor]:
 
 
 def _packed_model(config: ModelConfig, folder: Folder, path: Path, inverted: bool) -> PackedTransformer:
+    plain, shapes = _skeleton(config, folder, path)
     names = _names(folder, path)
-    linears = [n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")]
-    embedding = names.get("tok_embeddings.weight")
-    if embedding is None:
-        raise UserError(f"{path}: has no model.embed_tokens.")
-    with without_memory():
-        skeleton = Transformer(config)
-    wanted = {name for name, m in skeleton.named_modules() if type(m) is nn.Linear and name != "lm_head"}
-    if wanted != set(linears):
-        odd = min(wanted ^ set(linears))
-        raise UserError(f"{path}: {HUGGING_FACE.theirs(odd)}: exactly the linears of the blocks have a weight_scale.")
+    linears = [name for name, m in plain.named_modules() if type(m) is nn.Linear and name != "lm_head"]
+    for name in linears:
+        n, k = shapes[f"{name}.weight"]
+        is_packed = f"{name}.weight" in names and folder.dtype(names[f"{name}.weight"]) == torch.uint8
+        shapes |= {f"{name}.weight": (n // TRITS if is_packed else n, k), f"{name}.weight_scale": (1,)}
+    _check(shapes, names, folder, path, config.tie_embeddings)
     forms: LayerForms = dict.fromkeys(linears, ("ternary2", 8))
-    model = packed_skeleton(config, forms, HEAD_OF.get(folder.dtype(embedding), "float32"))
+    model = packed_skeleton(config, forms, HEAD_OF.get(folder.dtype(names["tok_embeddings.weight"]), "float32"))
     place(model)
-    slots = _slots(model)
-    weights = {f"{name}.weight" for name in slots} | {f"{name}.weight_scale" for name in linears}
-    _check_names(weights, names, path, config.tie_embeddings)
-    for name, slot in slots.items():
-        theirs = names[f"{name}.weight"]
-        stored = folder.read(theirs)
+    for name, slot in _slots(model).items():
+        stored = folder.read(names[f"{name}.weight"])
         if isinstance(slot, Tensor):
-            slot.copy_(_fit(stored, tuple(slot.shape), theirs, path))
+            slot.copy_(stored)
             continue
-        levels = _fit(_trits(stored, theirs, path), (slot.out_features, slot.in_features), theirs, path)
-        slot.packed.copy_(FORMATS[slot.format].pack(levels))
-        theirs = names[f"{name}.weight_scale"]
-        scale = _fit(folder.read(theirs).float().reshape(-1), (1,), theirs, path)
+        slot.packed.copy_(FORMATS[slot.format].pack(_trits(stored, names[f"{name}.weight"], path)))
+        scale = folder.read(names[f"{name}.weight_scale"]).float()
         slot.inv_scale.copy_(scale if inverted else scale.reciprocal())
     return model.join_blocks()
 

@@ -4,8 +4,6 @@ Packed ternary weights stay packed (``packed.safetensors`` in the folder); every
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,9 +12,9 @@ from bitnet.checkpoint import describe
 from bitnet.errors import UserError
 from bitnet.estimate import count_parameters
 from bitnet.inference.files import PACKED_NAME, save_packed
-from bitnet.inference.packed_linear import PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.interchange.check import BLOCK_ACTIVATIONS, EXACT, LAST_BITS, ROUNDED, Bound, Report, check_gguf, check_hf
+from bitnet.interchange.exporting import announce, named_when_proven
 from bitnet.interchange.opened import Opened
 from bitnet.interchange.parts import forms, matrices, tables, vectors
 from bitnet.model import Transformer
@@ -86,13 +84,11 @@ def import_model(path: Path, out: Path, *, trainable: bool, check_tokens: int) -
         opened = read_hf(path)
     else:
         raise UserError(f"{path}: neither a GGUF file nor a Hugging Face folder with a config.json.")
-    packed = any(isinstance(module, PackedLinear) for module in opened.model.modules())
-    if trainable and not packed:
+    if trainable and not isinstance(opened.model, PackedTransformer):
         raise UserError("--trainable: these weights are not packed; they can be trained as they are.")
-    partial = out.with_name(f".{os.getpid()}.partial.{out.name}")
-    try:
-        partial.mkdir()
-        save_run(opened, partial, trainable)
+    with named_when_proven(out) as folder:
+        folder.mkdir()
+        save_run(opened, folder, trainable)
         counts = count_parameters(opened.model.config)
         weight, act_bits = forms(opened.model)
         kind = "float weights" if weight == "none" else f"{weight} weights, {act_bits}-bit activations"
@@ -100,12 +96,4 @@ def import_model(path: Path, out: Path, *, trainable: bool, check_tokens: int) -
         for name, value in opened.origin.items():
             print(f"  {name}: {value}")
         opened.model.float()
-        report = _check(opened, path, check_tokens)
-        print("\n".join(report.lines()))
-        if report.problems:
-            raise UserError(f"{out}: not written, since {report.program} computes another model: {report.problems[0]}.")
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        announce(_check(opened, path, check_tokens), out)

@@ -23,8 +23,6 @@ from bitnet.interchange.gguf_blocks import (
     i2_s,
     interleave_rows,
     q2_0,
-    read_i2_s,
-    read_q2_0,
     separate_rows,
 )
 from bitnet.interchange.gguf_export import architecture, check_type, write_gguf
@@ -58,7 +56,7 @@ def test_q2_0_by_hand() -> None:
     assert data[0, :2].view(np.float16)[0] == 0.5
     assert data[0, 2] == 2 | 0 << 2 | 1 << 4 | 2 << 6
     assert data[0, 3] == 0 | 1 << 2 | 1 << 4 | 1 << 6
-    assert np.array_equal(read_q2_0(data, 1, 64), levels * np.float32(0.5))
+    assert data[0, 4] == 1 | 1 << 2 | 1 << 4 | 1 << 6
 
 
 def test_i2_s_by_hand() -> None:
@@ -69,14 +67,7 @@ def test_i2_s_by_hand() -> None:
     assert data.shape == (2 * 32 + 32,)
     assert data[32 + 3] == 2 << 6 | 0 << 4 | 1 << 2 | 2
     assert data[64:68].view(np.float32)[0] == 0.25 and not data[68:].any()
-    assert np.array_equal(read_i2_s(data, 2, 128), levels * np.float32(0.25))
-
-
-def test_blocks_come_back() -> None:
-    rng = np.random.default_rng(0)
-    levels = rng.integers(-1, 2, (12, 384)).astype(np.int8)
-    assert np.array_equal(read_q2_0(q2_0(levels, 0.125), 12, 384), levels * np.float32(0.125))
-    assert np.array_equal(read_i2_s(i2_s(levels, 0.3), 12, 384), levels * np.float32(0.3))
+    assert data[0] == 1 << 6 | 1 << 4 | 1 << 2 | 1
 
 
 def test_rows_of_heads_are_interleaved_as_llama_cpp_wants() -> None:

@@ -1,5 +1,6 @@
 """Folders that transformers reads: equal logits, and every known trap caught when it is set again."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.bitnet import pack_weights, unpack_weights
 
+from bitnet.chat_template import PLAIN_TEMPLATE
 from bitnet.errors import UserError
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.inference.files import save_packed
@@ -22,7 +24,7 @@ from bitnet.interchange.check import EXACT, LAST_BITS, SAME_GRAPH, bound_of_hf, 
 from bitnet.interchange.exporting import export_hf
 from bitnet.interchange.hf_export import check_form, pack_rows, unpack_rows, write_hf
 from bitnet.interchange.opened import Opened, open_model
-from bitnet.interchange.parts import without_activation_quantization
+from bitnet.interchange.parts import matrices, without_activation_quantization
 from bitnet.tensor_file import TensorFile
 
 from .conftest import opened_model
@@ -126,6 +128,18 @@ def test_bfloat16_is_written_in_one_dtype(trained_model, tmp_path) -> None:
     dtypes = {entry.dtype for entry in TensorFile(folder / "model.safetensors").entries.values()}
     assert dtypes == {torch.uint8, torch.bfloat16}
     assert check_hf(trained_model, folder, bound_of_hf("bitlinear", "bfloat16"), 64).problems == []
+    back = open_model(folder)  # the trits are those of the float32 latent weights
+    for mine, theirs in zip(matrices(trained_model.model), matrices(back.model), strict=True):
+        assert torch.equal(mine.levels, theirs.levels)
+
+
+def test_the_chat_template_goes_along(tmp_path) -> None:
+    opened = dataclasses.replace(opened_model(), chat_template=PLAIN_TEMPLATE)
+    folder = written(opened, tmp_path / "hf")
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}]
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    assert theirs == "User: Who?\nAssistant: Ann.<|endoftext|>\n"
+    assert open_model(folder).chat_template == PLAIN_TEMPLATE
 
 
 def test_files_say_what_both_versions_read(trained_model, tmp_path) -> None:
