@@ -148,11 +148,13 @@ def bench_kernels(args: argparse.Namespace) -> None:
 def bench_decode(args: argparse.Namespace) -> None:
     """Tokens per second and peak memory of a packed model, or of random weights in the shape of a config."""
     from bitnet.inference.bench import bench_decode as run
+    from bitnet.inference.files import packed_file
 
     check_outputs(args)
     check_device(args.device)
     shape = None
-    if Path(args.model).suffix != ".safetensors":
+    packed = packed_file(args.model)
+    if packed is None:
         from bitnet.training.cli import parse_config
 
         if Path(args.model).is_dir() or args.model.endswith(".ckpt"):
@@ -160,7 +162,7 @@ def bench_decode(args: argparse.Namespace) -> None:
         parsed = parse_config(["--config", args.model])
         shape = parsed.model, str(getattr(parsed.recipe, "weight", "none"))
     run(
-        args.model,
+        args.model if packed is None else str(packed),
         shape,
         threads=args.threads,
         tokens=args.tokens,
