@@ -22,7 +22,7 @@ from bitnet.inference.packing import packed_skeleton
 from bitnet.interchange.gguf_blocks import separate_rows
 from bitnet.interchange.gguf_tokenizer import read_tokenizer
 from bitnet.interchange.names import GGUF
-from bitnet.interchange.opened import Opened
+from bitnet.interchange.opened import Opened, config_of
 from bitnet.model import RMSNorm, Transformer, without_memory
 from bitnet_kernels import FORMATS
 
@@ -48,7 +48,8 @@ def _config(get: Any, tied: bool, file: Path) -> ModelConfig:
     if get(f"{arch}.expert_count", 0):
         raise UserError(f"{file}: a mixture of experts is not in this graph.")
     heads, dim = number("attention.head_count"), number("embedding_length")
-    config = ModelConfig(
+    config = config_of(
+        file,
         vocab_size=number("vocab_size", len(get("tokenizer.ggml.tokens", []))),
         dim=dim,
         n_layers=number("block_count"),
@@ -56,7 +57,7 @@ def _config(get: Any, tied: bool, file: Path) -> ModelConfig:
         n_kv_heads=number("attention.head_count_kv", heads),
         ffn_dim=number("feed_forward_length"),
         max_seq_len=number("context_length"),
-        activation=activation,  # type: ignore[arg-type]
+        activation=activation,
         sub_norm=sub_norm,
         tie_embeddings=tied,
         norm_eps=float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),  # 1e-05, as it was meant
@@ -146,6 +147,16 @@ def _check(config: ModelConfig, reader: _Reader) -> None:
 
 def read_gguf(file: Path) -> Opened:
     """The model of a GGUF file. Raises ``UserError`` for what this library cannot compute or read."""
+    try:
+        return _read(file)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # The gguf package trusts its file: a damaged key or type comes out in many ways.
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {str(error)[:100]}).") from error
+
+
+def _read(file: Path) -> Opened:
     reader = _Reader(file)
     config = _config(reader.get, "lm_head" not in reader.tensors, file)
     _check(config, reader)

@@ -22,7 +22,7 @@ from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import LayerForms, packed_skeleton
 from bitnet.interchange.hf_export import TRITS, unpack_rows
 from bitnet.interchange.names import HUGGING_FACE
-from bitnet.interchange.opened import Opened
+from bitnet.interchange.opened import Opened, config_of
 from bitnet.model import RMSNorm, Transformer, without_memory
 from bitnet.recipes import BitNet
 from bitnet.tensor_file import TensorFile
@@ -102,7 +102,8 @@ def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         heads, dim = int(content["num_attention_heads"]), int(content["hidden_size"])
         if content.get("head_dim", dim // heads) * heads != dim:
             raise UserError(f"{file}: head_dim = {content['head_dim']}: must be hidden_size / num_attention_heads.")
-        config = ModelConfig(
+        config = config_of(
+            file,
             vocab_size=content["vocab_size"],
             dim=dim,
             n_layers=content["num_hidden_layers"],
@@ -288,6 +289,16 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, str | None, str | None]:
 
 def read_hf(folder: Path) -> Opened:
     """The model of a Hugging Face folder. Raises ``UserError`` for what this library cannot compute or read."""
+    try:
+        return _read(folder)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # A value of another type than usual, in any of four JSON files.
+        raise UserError(f"{folder}: damaged ({type(error).__name__}: {str(error).splitlines()[0][:100]}).") from error
+
+
+def _read(folder: Path) -> Opened:
     config, quantization = read_config(folder / "config.json")
     tokenizer, template, eos = read_tokenizer(folder)
     tensors = Folder(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet.checkpoint import EXTRAS, load_checkpoint, read_checkpoint
+from bitnet.config import ModelConfig
 from bitnet.data.tokenizer import find_eos
 from bitnet.errors import UserError
 from bitnet.inference.files import load_packed, packed_file
@@ -40,6 +41,14 @@ class Opened:
     def extras(self) -> dict[str, Any]:
         """What goes into a checkpoint or packed file beside model, recipe and tokenizer."""
         return {name: value for name in EXTRAS if (value := getattr(self, name))}
+
+
+def config_of(file: Path, **fields: Any) -> ModelConfig:
+    """A ``ModelConfig`` whose refusals name the file that the values are from."""
+    try:
+        return ModelConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def _facts(description: dict[str, Any]) -> dict[str, Any]:

@@ -258,6 +258,25 @@ def test_float_import_equals_what_was_exported(tmp_path) -> None:
         assert torch.equal(back.model(ids), without_activation_quantization(opened.model)(ids))
 
 
+def test_damaged_files_are_one_line(tmp_path) -> None:
+    """300 files with flipped bytes in their keys: read as they are, or refused in one line."""
+    whole = written(opened_model(), tmp_path / "m.gguf", "tq2_0").read_bytes()
+    rng = random.Random(0)
+    file = tmp_path / "bad.gguf"
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 4))):
+            content[rng.randrange(rng.choice((64, 1200, 8000)))] = rng.randrange(256)
+        file.write_bytes(content)
+        try:
+            read_gguf(file)
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error)
+    assert refused > 100
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(64), b"not a model" * 50])
 def test_files_that_are_none_are_refused(content, tmp_path) -> None:
     file = tmp_path / "m.gguf"

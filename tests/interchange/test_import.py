@@ -218,6 +218,27 @@ def test_what_this_library_cannot_compute_is_refused(values, words, tmp_path) ->
         read_hf(folder)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_parameters": 1},
+        {"quantization_config": [1]},
+        {"quantization_config": {"quant_method": "bitnet", "modules_to_not_convert": 1}},
+        {"model_type": []},
+        {"num_hidden_layers": 1.5},
+        {"vocab_size": 10**18},
+        {"num_hidden_layers": 10**9},
+    ],
+    ids=str,
+)
+def test_senseless_values_are_one_line(values, tmp_path) -> None:
+    folder = written(opened_model(), tmp_path / "hf")
+    change(folder, **values)
+    with pytest.raises(UserError) as caught:
+        read_hf(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
 def test_pickled_weights_are_not_read(tmp_path) -> None:
     folder = written(opened_model(), tmp_path / "hf")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
