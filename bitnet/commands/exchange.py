@@ -32,6 +32,7 @@ def export(args: argparse.Namespace) -> None:
     export_hf(
         open_model(args.path),
         out,
+        name=args.push or out.name,
         source=Path(args.path),
         form=args.form or "bitlinear",
         dtype=args.dtype or "float32",

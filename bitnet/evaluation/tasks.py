@@ -90,6 +90,8 @@ def find_task(name: str, data: Path | None) -> str | dict[str, Any]:
             raise UserError(f"--tasks {name}: no such file.")
         return task_of_lines(file) if file.suffix == ".jsonl" else name
     if data is not None:
+        if not data.is_dir():
+            raise UserError(f"--tasks_data {data}: no such folder.")
         found = [data / f"{name}.jsonl"] if (data / f"{name}.jsonl").is_file() else sorted(data.glob(f"{name}_*.jsonl"))
         if len(found) != 1:
             have = ", ".join(sorted(file.stem for file in data.glob("*.jsonl"))) or "nothing"
@@ -145,7 +147,7 @@ def run_tasks(
             )
     except UserError:
         raise
-    except (ConnectionError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # a task is somebody's YAML, templates and data: it can fail in any way
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--tasks {','.join(names)}: cannot be run ({reason}). Without a network, name .yaml or .jsonl files, or a "

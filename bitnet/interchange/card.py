@@ -70,15 +70,17 @@ def _training(facts: dict[str, Any]) -> list[str]:
     return ["## Training", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
 
 
-def write_card(folder: Path, opened: Opened, *, source: Path, form: str, dtype: str, report: Report) -> None:
-    """Write ``README.md`` into ``folder``, and the loss curve of the run if there is one."""
+def write_card(folder: Path, opened: Opened, *, name: str, source: Path, form: str, dtype: str, report: Report) -> None:
+    """Write ``README.md`` into ``folder``, and the loss curve of the run ``source`` if there is one.
+
+    ``name`` is what a reader passes to ``from_pretrained``.
+    """
     config, recipe = opened.model.config, opened.recipe
     counts = count_parameters(config)
     weight, act_bits = recipe.get("weight", "none"), recipe.get("act_bits", "none")
     low_bit = weight != "none"
     kind = f"{weight} weights ({'1.58' if weight == 'ternary' else '1'} bits)" if low_bit else "float weights"
     activations = f" and {act_bits}-bit activations" if low_bit else ""
-    name = source.resolve().name.split(".")[0]
     what = (
         f"A language model of {counts.total:,} parameters with {kind}{activations}: {config.n_layers} layers, width "
         f"{config.dim}, vocabulary {config.vocab_size:,}, context {config.max_seq_len:,} tokens. "
@@ -86,7 +88,10 @@ def write_card(folder: Path, opened: Opened, *, source: Path, form: str, dtype: 
     )
     tags = ["bitnet", "1.58-bit" if weight == "ternary" else "1-bit"] if low_bit else ["bitnet"]
     text = HEADER.format(
-        name=name, what=what, tags="\n".join(f"- {tag}" for tag in tags), load=LOAD.format(name=name, prompt="The")
+        name=name.rpartition("/")[2],
+        what=what,
+        tags="\n".join(f"- {tag}" for tag in tags),
+        load=LOAD.format(name=name, prompt="The"),
     )
     lines = [text]
     if facts := _facts_of_run(source):

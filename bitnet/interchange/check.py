@@ -43,7 +43,7 @@ TEXTS = (
 class Bound:
     """What an export must meet, and against which forward of ours."""
 
-    against: str = "this model here"
+    against: str = "this library"
     difference: float | None = None
     """Largest absolute difference of a logit (of a log-probability where a program gives no logits)."""
     kl: float | None = None
@@ -61,7 +61,7 @@ class Bound:
         return ", ".join(parts)
 
 
-FLOAT = "the model without activation quantization"
+FLOAT = "this library without activation quantization"
 EXACT = Bound(difference=0.0)
 LAST_BITS = Bound(kl=1e-4, argmax=0.99)
 ROUNDED = Bound(kl=1e-2, argmax=0.9)

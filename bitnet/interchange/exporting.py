@@ -45,7 +45,7 @@ def _size(path: Path) -> str:
     return f"{sum(file.stat().st_size for file in files) / 1e6:,.2f} MB"
 
 
-def export_hf(opened: Opened, out: Path, *, source: Path, form: Form, dtype: str, check_tokens: int) -> None:
+def export_hf(opened: Opened, out: Path, *, name: str, source: Path, form: Form, dtype: str, check_tokens: int) -> None:
     """Write a Hugging Face folder. Raises ``UserError`` when the model does not fit the form or fails its check."""
     form = check_form(opened.model, form, dtype)
     with named_when_proven(out) as folder:
@@ -60,7 +60,7 @@ def export_hf(opened: Opened, out: Path, *, source: Path, form: Form, dtype: str
             chat_template=opened.chat_template,
         )
         report = check_hf(opened, folder, bound_of_hf(form, dtype), check_tokens)
-        write_card(folder, opened, source=source, form=form, dtype=dtype, report=report)
+        write_card(folder, opened, name=name, source=source, form=form, dtype=dtype, report=report)
         print(f"{out}: {_size(folder)}, form {form}, {dtype}")
         announce(report, out)
 

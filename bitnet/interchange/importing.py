@@ -74,6 +74,8 @@ def _check(opened: Opened, path: Path, tokens: int) -> Report:
 
 def import_model(path: Path, out: Path, *, trainable: bool, check_tokens: int) -> None:
     """Make the run folder ``out``. Raises ``UserError`` for what cannot be read, or computes something else here."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder.")
     if path.suffix == ".gguf":
         from bitnet.interchange.gguf_import import read_gguf
 

@@ -59,6 +59,10 @@ def _facts(description: dict[str, Any]) -> dict[str, Any]:
 def open_model(path: str | Path, device: torch.device | str = "cpu") -> Opened:
     """Open anything that holds a model. Raises ``UserError`` for what does not."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run, checkpoint, packed model, Hugging Face folder or GGUF file.")
+    if path.name == "config.json":
+        path = path.parent
     if packed := packed_file(path):
         model, tokenizer = load_packed(packed, device)
         return Opened(model=model, tokenizer=tokenizer, **_facts(read_header(packed).description))
@@ -70,8 +74,6 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> Opened:
         from bitnet.interchange.hf_import import read_hf
 
         return _moved(read_hf(path), device)
-    if not path.exists():
-        raise UserError(f"{path}: no such run, checkpoint, packed model, Hugging Face folder or GGUF file.")
     plain, tokenizer = load_checkpoint(path, device)
     return Opened(model=plain, tokenizer=tokenizer, **_facts(read_checkpoint(path)["bitnet"]))
 

@@ -206,9 +206,13 @@ def test_bad_tasks_are_named(name, content, words, tmp_path) -> None:
         find_task(str(tmp_path / name), None)
 
 
-def test_refusals_of_the_command(forms, data, capsys) -> None:
+def test_refusals_of_the_command(forms, data, tmp_path, capsys) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: [")
     for options, words in (
         (["--tasks", "unheard"], "cannot be run"),
+        (["--tasks", str(broken)], "cannot be run"),
+        (["--tasks", "who", "--tasks_data", "nowhere"], "--tasks_data nowhere: no such folder"),
         (["--tasks", "unheard", "--tasks_data", str(data)], "which has lastword_a, pronouns, who"),
         ([], "give either --data.path (a text) or --tasks"),
     ):

@@ -270,6 +270,7 @@ def test_the_command_writes_a_folder_with_a_card(trained, tmp_path, capsys) -> N
         "![Bits per byte",
         "bits per parameter",
         "80 in",
+        'from_pretrained("hf")',
     ):
         assert words in card
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
