@@ -29,7 +29,6 @@ from bitnet.interchange.names import GGUF
 from bitnet.interchange.parts import Matrix, forms, matrices, tables, vectors
 from bitnet.model import Transformer
 
-TYPES = ("tq2_0", "tq1_0", "q2_0", "i2_s", "f32", "f16")
 LLAMA_CPP_ONLY = ("tq2_0", "tq1_0", "q2_0")
 
 

@@ -31,7 +31,6 @@ from bitnet.model import Transformer
 from bitnet.tensor_file import layout, write
 
 Form = Literal["bitlinear", "autobitlinear", "online", "dense"]
-FORMS: tuple[Form, ...] = ("bitlinear", "autobitlinear", "online", "dense")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRITS = 4
 """Trits of a byte."""
