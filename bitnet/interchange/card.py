@@ -63,8 +63,10 @@ def _training(facts: dict[str, Any]) -> list[str]:
     rows = [
         ("data", f"{names}: {nbytes:,} bytes, {tokens:,} tokens; sha256 {', '.join(h[:12] for h in data['sha256'])}"),
         ("steps", f"{facts['steps']:,} in {facts['seconds']:,.0f} s"),
-        ("validation", f"{figures['val/loss']:.4f} nats per token, {figures['val/bpb']:.4f} bits per byte"),
     ]
+    if "val/loss" in figures:
+        loss = f"{figures['val/loss']:.4f} nats per token, {figures['val/bpb']:.4f} bits per byte"
+        rows.append(("validation", loss))
     if "quant/zero_fraction" in figures:
         rows.append(("zeros", f"{figures['quant/zero_fraction']:.1%} of the ternary weights"))
     return ["## Training", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
