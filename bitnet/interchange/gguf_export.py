@@ -54,9 +54,9 @@ def architecture(config: ModelConfig, kind: str) -> str:
 def check_type(model: Transformer, kind: str) -> None:
     """Raise ``UserError`` when ``kind`` cannot hold this model, before anything is written."""
     architecture(model.config, kind)
-    weight, _ = forms(model)
     if kind not in BLOCK:
         return
+    weight, _ = forms(model)
     if weight == "none":
         raise UserError(f"--type {kind} holds ternary weights, and this model has float ones; use --type f16 or f32.")
     widths = {"dim": model.config.dim, "ffn_dim": model.config.ffn_dim}

@@ -52,11 +52,11 @@ def unpack_rows(packed: Tensor) -> Tensor:
 
 def check_form(model: Transformer, form: Form, dtype: str) -> Form:
     """The form to write: ``dense`` for a float model, else ``form``. Raises ``UserError`` where it cannot hold it."""
+    if form == "dense":
+        return form
     weight, act_bits = forms(model)
     if weight == "none" and act_bits == "none":
         return "dense"
-    if form == "dense":
-        return form
     if act_bits != 8 or weight == "none":
         raise UserError(
             f"--form {form}: transformers computes with ternary weights and 8-bit activations; this model has {weight} "

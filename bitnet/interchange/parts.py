@@ -92,7 +92,10 @@ def forms(model: Transformer) -> tuple[str, ActBits]:
             found.add((module.weight_kind, module.act_bits))
     if len(found) > 1:
         listed = ", ".join(f"{weight} weights with {bits}-bit activations" for weight, bits in sorted(found, key=str))
-        raise UserError(f"the layers of this model differ ({listed}); no export format can say so.")
+        raise UserError(
+            f"the layers of this model differ ({listed}), which no low-bit export can say; "
+            "--form dense and --type f16 keep the activations in floating point."
+        )
     return found.pop() if found else ("none", "none")
 
 

@@ -123,6 +123,15 @@ def test_dense_is_the_graph_without_activation_quantization(trained_model, tmp_p
 
 
 @pytest.mark.usefixtures("transformers_here")
+def test_four_bit_activations_can_be_exported_dense(tmp_path) -> None:
+    opened = opened_model(act_bits=4)
+    assert check_form(opened.model, "dense", "float32") == "dense"
+    assert (
+        check_hf(opened, written(opened, tmp_path / "hf", "dense"), bound_of_hf("dense", "float32"), 64).problems == []
+    )
+
+
+@pytest.mark.usefixtures("transformers_here")
 def test_bfloat16_is_written_in_one_dtype(trained_model, tmp_path) -> None:
     folder = written(trained_model, tmp_path / "hf", dtype="bfloat16")
     dtypes = {entry.dtype for entry in TensorFile(folder / "model.safetensors").entries.values()}
@@ -225,7 +234,7 @@ def test_rows_interleaved_as_columns_are_caught(monkeypatch, trained_model, tmp_
 
 def test_what_cannot_be_held_is_refused(tmp_path) -> None:
     for options, form, dtype, words in (
-        ({"act_bits": 4}, "bitlinear", "float32", "8-bit activations"),
+        ({"act_bits": 4}, "bitlinear", "float32", "4-bit activations"),
         ({"weight": "binary"}, "online", "float32", "binary latent weights"),
         ({}, "online", "bfloat16", "moves trits"),
         ({"ffn_dim": 258}, "bitlinear", "float32", "packed rows come in fours"),
@@ -325,6 +334,7 @@ def test_export_hf_is_whole_or_absent(monkeypatch, trained_model, tmp_path) -> N
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bitnet.interchange.exporting.write_card", fail)
+    options = {"name": "hf", "source": tmp_path, "form": "bitlinear", "dtype": "float32", "check_tokens": 0}
     with pytest.raises(UserError, match="No space left"):
-        export_hf(trained_model, tmp_path / "hf", source=tmp_path, form="bitlinear", dtype="float32", check_tokens=0)
+        export_hf(trained_model, tmp_path / "hf", **options)
     assert list(tmp_path.iterdir()) == []
