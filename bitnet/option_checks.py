@@ -45,3 +45,10 @@ def numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive integers such as 1,2")
     return numbers
+
+
+def whole_number(text: str) -> int:
+    """``0``, ``1``, ``2`` ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or more")
+    return int(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitnet.commands.parser import MODEL_HELP, AddCommand
 from bitnet.errors import UserError
-from bitnet.option_checks import check_folder
+from bitnet.option_checks import check_folder, whole_number
 
 
 def export(args: argparse.Namespace) -> None:
@@ -19,8 +19,6 @@ def export(args: argparse.Namespace) -> None:
     check_folder("--out", args.out)
     if out.exists():
         raise UserError(f"--out {out}: exists already.")
-    if args.check_tokens < 0:
-        raise UserError(f"--check_tokens {args.check_tokens}: must be 0 or more.")
     for option, format in (("type", "gguf"), ("form", "hf"), ("dtype", "hf"), ("push", "hf")):
         if getattr(args, option) is not None and args.format != format:
             raise UserError(f"--{option} is for --format {format}.")
@@ -70,10 +68,14 @@ def add(command: AddCommand) -> None:
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="hf: dtype of all floats (default float32)")
     p.add_argument("--push", metavar="USER/NAME", help="hf: upload the folder when it has passed its check")
     p.add_argument("--private", action="store_true", help="with --push: make a private repository")
-    p.add_argument("--check_tokens", type=int, default=128, help="tokens to compare in the other program; 0: no check")
+    p.add_argument(
+        "--check_tokens", type=whole_number, default=128, help="tokens to compare in the other program; 0: no check"
+    )
 
     p = command("import", import_)
     p.add_argument("path", help="Hugging Face folder or GGUF file")
     p.add_argument("--out", required=True, help="run folder to make")
     p.add_argument("--trainable", action="store_true", help="of packed weights, also write latent ones to train on")
-    p.add_argument("--check_tokens", type=int, default=128, help="tokens to compare in the other program; 0: no check")
+    p.add_argument(
+        "--check_tokens", type=whole_number, default=128, help="tokens to compare in the other program; 0: no check"
+    )

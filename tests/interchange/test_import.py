@@ -271,6 +271,8 @@ def test_refusals_of_the_command(tmp_path, capsys) -> None:
     assert "neither a GGUF file nor a Hugging Face folder" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "no.gguf"), "--out", str(tmp_path / "run")]) == 2
     assert "no.gguf: no such file or folder" in capsys.readouterr().err
+    assert main(["import", str(tmp_path), "--out", str(tmp_path / "run"), "--check_tokens=-1"]) == 2
+    assert "argument --check_tokens: '-1' must be 0 or more" in capsys.readouterr().err
     folder = written(opened_model(weight="none", act_bits="none"), tmp_path / "hf", "dense")
     assert main(["import", str(folder), "--out", str(tmp_path / "run"), "--trainable", "--check_tokens", "0"]) == 2
     assert "can be trained as they are" in capsys.readouterr().err
