@@ -106,7 +106,7 @@ def test_bad_input(finished_run: Path, packed: Path, tmp_path: Path, capsys: pyt
         (("generate", file, "--prompt", "a", "--top_p", "0"), "top_p = 0"),
         (("generate", file, "--prompt", "a", "--repetition_penalty", "-1"), "repetition_penalty = -1"),
         (("generate", file, "--prompt", ""), "the prompt is empty"),
-        (("generate", str(tmp_path / "absent.safetensors"), "--prompt", "a"), "cannot be read"),
+        (("generate", str(tmp_path / "absent.safetensors"), "--prompt", "a"), "no such run, checkpoint, packed model"),
         (("inspect", run, "--verify"), "--verify checks the digests of a packed model"),
         (("bench", "decode", run), "pack it first"),
         (("bench", "decode", file, "--tokens", "5000"), "the context of the model holds 32"),
