@@ -79,6 +79,9 @@ def conversation(messages: Any, template: str | None, special_tokens: dict[str, 
             raise UserError("the chat template changes what was said before when more is said")
         parts += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
+    parts = [part for part in parts if part[0]]
     if not parts:
         raise UserError("no message of the role 'assistant': there is nothing to learn")
-    return ChatText([part for part in parts if part[0]])
+    if not any(said for _, said in parts):
+        raise UserError("the chat template leaves the answers out: there is nothing to learn")
+    return ChatText(parts)

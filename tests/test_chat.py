@@ -88,6 +88,11 @@ def test_bad_conversations_are_refused(messages, words) -> None:
         conversation(messages, None, NAMES)
 
 
+def test_a_template_without_the_answers_is_refused() -> None:
+    with pytest.raises(UserError, match="leaves the answers out"):
+        conversation(TALK, "constant", NAMES)
+
+
 def test_a_template_that_rewrites_the_past_is_refused() -> None:
     with pytest.raises(UserError, match="changes what was said before"):
         conversation(TALK, "{{ messages | length }}{{ messages[-1].content }}", NAMES)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitnet.commands.parser import HEAD_NAMES, MODEL_HELP, AddCommand, OneLineArgumentParser, add_text_options, adder
 from bitnet.errors import UserError
-from bitnet.option_checks import check_device, check_outputs, numbers, set_threads
+from bitnet.option_checks import check_device, check_outputs, numbers, set_threads, whole_number
 
 if TYPE_CHECKING:
     from bitnet.interchange.opened import Opened
@@ -28,6 +28,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if bool(args.data_path) == bool(args.tasks):
         raise UserError("give either --data.path (a text) or --tasks.")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: must be at least 1.")
     set_threads(args.threads)
     opened = open_model(args.path)
     console = Console(stderr=True)
@@ -181,7 +183,9 @@ def add(command: AddCommand, commands: Any) -> None:
     p.add_argument("--data.path", dest="data_path", metavar="PATH", help="text: file, folder, glob or hf:NAME")
     p.add_argument("--tasks", metavar="T,T", help="names of lm-eval, .yaml files of it, or .jsonl files of items")
     p.add_argument("--tasks_data", metavar="DIR", help="folder with NAME.jsonl for each name of --tasks: no download")
-    p.add_argument("--few_shot", type=int, default=None, help="examples before each item (default: the task's)")
+    p.add_argument(
+        "--few_shot", type=whole_number, default=None, help="examples before each item (default: the task's)"
+    )
     p.add_argument("--limit", type=int, default=None, help="only the first items of a task, or windows of a text")
     p.add_argument(
         "--stride",

@@ -83,6 +83,10 @@ class BitNetLM(TemplateLM):  # type: ignore[misc]
                 self.progress(done, len(order))
         return answers
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # one bar is enough
+        return found
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[Request] = []
         counts = []

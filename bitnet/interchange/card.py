@@ -86,9 +86,9 @@ def write_card(folder: Path, opened: Opened, *, name: str, source: Path, form: s
     what = (
         f"A language model of {counts.total:,} parameters with {kind}{activations}: {config.n_layers} layers, width "
         f"{config.dim}, vocabulary {config.vocab_size:,}, context {config.max_seq_len:,} tokens. "
-        f"`{form}` form, {dtype}: {FORM_REMARKS[form]}"
+        f"`{form}` form, {dtype}: {FORM_REMARKS[form] if low_bit else 'plain float weights.'}"
     )
-    tags = ["bitnet", "1.58-bit" if weight == "ternary" else "1-bit"] if low_bit else ["bitnet"]
+    tags = ["bitnet", "1.58-bit" if weight == "ternary" else "1-bit"] if low_bit else ["llama"]
     text = HEADER.format(
         name=name.rpartition("/")[2],
         what=what,

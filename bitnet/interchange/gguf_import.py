@@ -85,6 +85,11 @@ class _Reader:
         try:
             self.reader = gguf.GGUFReader(file)
         except (ValueError, KeyError, IndexError, OSError) as error:
+            if "not a valid GGMLQuantizationType" in str(error):
+                raise UserError(
+                    f"{file}: has a type of tensor that the gguf package does not read, such as q2_0 or i2_s; "
+                    "import the model from its tq2_0 or f16 file, or from where it was exported."
+                ) from error
             raise UserError(f"{file}: not a GGUF file that the gguf package reads ({error}).") from error
         self.tensors = {}
         for tensor in self.reader.tensors:

@@ -89,15 +89,18 @@ def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     if kind not in DEFAULTS:
         raise UserError(f"{file}: model_type {kind!r}; this library has the graphs of {' and '.join(DEFAULTS)}.")
     content = {**DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    scaling = content.get("rope_scaling") or {}
+    rope = content.get("rope_parameters") or scaling
+    scaled = {part.get("rope_type", part.get("type", "default")) for part in (rope, scaling)} != {"default"}
     for name, wrong in (
         ("attention_bias", bool(content.get("attention_bias"))),
         ("mlp_bias", bool(content.get("mlp_bias"))),
-        ("rope_scaling", rope.get("rope_type", rope.get("type", "default")) != "default"),
+        ("rope_scaling", scaled),
         ("pretraining_tp", content.get("pretraining_tp", 1) != 1),
     ):
         if wrong:
-            raise UserError(f"{file}: {name} = {rope if name == 'rope_scaling' else content[name]}: not in this graph.")
+            value = scaling or rope if name == "rope_scaling" else content[name]
+            raise UserError(f"{file}: {name} = {value}: not in this graph.")
     try:
         heads, dim = int(content["num_attention_heads"]), int(content["hidden_size"])
         if content.get("head_dim", dim // heads) * heads != dim:
@@ -118,6 +121,8 @@ def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
             init_std=content.get("initializer_range", 0.02),
             rope_theta=float(rope.get("rope_theta", content["rope_theta"])),
         )
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"{file}: has no {error.args[0]}.") from error
     except (TypeError, ValueError, ZeroDivisionError) as error:

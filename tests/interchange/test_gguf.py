@@ -258,6 +258,12 @@ def test_float_import_equals_what_was_exported(tmp_path) -> None:
         assert torch.equal(back.model(ids), without_activation_quantization(opened.model)(ids))
 
 
+@pytest.mark.parametrize("kind", ["q2_0", "i2_s"])
+def test_types_that_cannot_be_read_back_say_so(kind, tmp_path) -> None:
+    with pytest.raises(UserError, match="such as q2_0 or i2_s"):
+        read_gguf(written(opened_model(), tmp_path / "m.gguf", kind))
+
+
 def test_damaged_files_are_one_line(tmp_path) -> None:
     """300 files with flipped bytes in their keys: read as they are, or refused in one line."""
     whole = written(opened_model(), tmp_path / "m.gguf", "tq2_0").read_bytes()

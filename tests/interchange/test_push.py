@@ -111,6 +111,15 @@ def test_a_refusal_is_one_line_and_keeps_the_folder(hub, folder) -> None:
     assert (folder / "config.json").is_file()
 
 
+def test_no_network_is_one_line(hub, folder, monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="the upload failed") as caught:
+        push(folder, "me/model")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "..", "me/mo del"])
 def test_bad_names_are_refused(name, hub, folder) -> None:
     with pytest.raises(UserError, match="the upload failed"):
