@@ -128,9 +128,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
 
     The forward pass of the model, (B, T) ids -> (B, T, vocab) logits, is the quantized one that was trained.
     """
+    return model_of(read_checkpoint(path), path, device)
+
+
+def model_of(
+    content: dict[str, Any], path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[Transformer, Tokenizer]:
+    """``load_checkpoint`` for what ``read_checkpoint`` gave; ``path`` is for messages."""
     from tokenizers import Tokenizer
 
-    content = read_checkpoint(path)
     config, recipe = build(content["bitnet"])
     with without_memory():
         model = Transformer(config)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bitnet.errors import UserError
 
@@ -72,6 +72,13 @@ def first_id(tokenizer: Tokenizer) -> int | None:
     """The id that this tokenizer puts before every text, if it does."""
     ids = tokenizer.encode("a").ids
     return ids[0] if len(ids) > len(tokenizer.encode("a", add_special_tokens=False).ids) else None
+
+
+def begin_with(tokenizer: Tokenizer, token: str) -> None:
+    """Let the tokenizer put this token, which it knows, before every text."""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token}:0 $A:0", special_tokens=[(token, tokenizer.token_to_id(token))]
+    )
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:

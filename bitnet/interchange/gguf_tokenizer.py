@@ -7,9 +7,9 @@ of the tokenizers library; it serves export and import.
 import json
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from bitnet.data.tokenizer import first_id, is_byte_level
+from bitnet.data.tokenizer import begin_with, first_id, is_byte_level
 from bitnet.errors import UserError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -117,7 +117,5 @@ def read_tokenizer(fields: dict[str, Any], file: object) -> tuple[Tokenizer, str
         )
     bos, eos = fields.get("bos_token_id"), fields.get("eos_token_id")
     if fields.get("add_bos_token") and bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]}:0 $A:0", special_tokens=[(tokens[bos], bos)]
-        )
+        begin_with(tokenizer, tokens[bos])
     return tokenizer, None if eos is None else tokens[eos]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bitnet.config import ModelConfig
-from bitnet.data.tokenizer import load_tokenizer
+from bitnet.data.tokenizer import begin_with, load_tokenizer
 from bitnet.errors import UserError
 from bitnet.inference.files import place
 from bitnet.inference.packed_linear import HeadDtype, PackedLinear, StoredEmbedding, StoredHead
@@ -286,9 +286,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, str | None, str | None]:
     bos = token("bos_token")
     if content.get("add_bos_token") and bos and tokenizer.post_processor is None:
         # Some folders leave this to transformers: say it in the tokenizer itself.
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
+        begin_with(tokenizer, bos)
     return tokenizer, template if isinstance(template, str) else None, token("eos_token")
 
 

@@ -15,26 +15,9 @@ from bitnet.inference.files import PACKED_NAME, save_packed
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.interchange.check import BLOCK_ACTIVATIONS, EXACT, LAST_BITS, ROUNDED, Bound, Report, check_gguf, check_hf
 from bitnet.interchange.exporting import announce, named_when_proven
-from bitnet.interchange.opened import Opened
-from bitnet.interchange.parts import forms, matrices, tables, vectors
-from bitnet.model import Transformer
+from bitnet.interchange.opened import Opened, read_foreign
+from bitnet.interchange.parts import Matrix, float_state, forms
 from bitnet.recipes import BitNet
-
-
-def latent_state(model: Transformer) -> dict[str, torch.Tensor]:
-    """Float weights to train on: a packed matrix becomes levels x c with the c whose absmean is the stored scale."""
-    state = {}
-    for matrix in matrices(model):
-        weight = matrix.weight
-        if weight is None:
-            assert matrix.levels is not None and matrix.inv_scale is not None
-            share = matrix.levels.count_nonzero() / matrix.levels.numel()
-            weight = matrix.levels.float() / (matrix.inv_scale * share.clamp(min=1e-9))
-        state[f"{matrix.name}.weight"] = weight
-    state |= {f"{name}.weight": weight for name, weight in vectors(model)}
-    state |= {f"{name}.weight": weight for name, weight in tables(model).items()}
-    state.setdefault("lm_head.weight", state["tok_embeddings.weight"])  # tied: one tensor under both names, as in a run
-    return state
 
 
 def save_run(opened: Opened, folder: Path, trainable: bool) -> None:
@@ -47,7 +30,7 @@ def save_run(opened: Opened, folder: Path, trainable: bool) -> None:
         recipe = BitNet(**options)
         content = {
             "bitnet": describe(model.config, recipe, opened.tokenizer.to_str(), opened.extras()),
-            "state_dict": {f"model.{name}": tensor for name, tensor in latent_state(model).items()},
+            "state_dict": {f"model.{name}": tensor for name, tensor in float_state(model, Matrix.latent).items()},
             "global_step": 0,
         }
         (folder / "checkpoints").mkdir()
@@ -76,15 +59,8 @@ def import_model(path: Path, out: Path, *, trainable: bool, check_tokens: int) -
     """Make the run folder ``out``. Raises ``UserError`` for what cannot be read, or computes something else here."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder.")
-    if path.suffix == ".gguf":
-        from bitnet.interchange.gguf_import import read_gguf
-
-        opened = read_gguf(path)
-    elif (path / "config.json").is_file():
-        from bitnet.interchange.hf_import import read_hf
-
-        opened = read_hf(path)
-    else:
+    opened = read_foreign(path)
+    if opened is None:
         raise UserError(f"{path}: neither a GGUF file nor a Hugging Face folder with a config.json.")
     if trainable and not isinstance(opened.model, PackedTransformer):
         raise UserError("--trainable: these weights are not packed; they can be trained as they are.")

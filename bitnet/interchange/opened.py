@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnet.checkpoint import EXTRAS, load_checkpoint, read_checkpoint
+from bitnet.checkpoint import EXTRAS, model_of, read_checkpoint
 from bitnet.config import ModelConfig
 from bitnet.data.tokenizer import find_eos
 from bitnet.errors import UserError
@@ -66,18 +66,22 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> Opened:
     if packed := packed_file(path):
         model, tokenizer = load_packed(packed, device)
         return Opened(model=model, tokenizer=tokenizer, **_facts(read_header(packed).description))
+    if opened := read_foreign(path):
+        opened.model.float().to(device)  # the forward is in float32, whatever the file is in
+        return opened
+    content = read_checkpoint(path)
+    plain, tokenizer = model_of(content, path, device)
+    return Opened(model=plain, tokenizer=tokenizer, **_facts(content["bitnet"]))
+
+
+def read_foreign(path: Path) -> Opened | None:
+    """The model of a GGUF file or Hugging Face folder in the dtype of the file; ``None`` for anything else."""
     if path.suffix == ".gguf":
         from bitnet.interchange.gguf_import import read_gguf
 
-        return _moved(read_gguf(path), device)
+        return read_gguf(path)
     if (path / "config.json").is_file():
         from bitnet.interchange.hf_import import read_hf
 
-        return _moved(read_hf(path), device)
-    plain, tokenizer = load_checkpoint(path, device)
-    return Opened(model=plain, tokenizer=tokenizer, **_facts(read_checkpoint(path)["bitnet"]))
-
-
-def _moved(opened: Opened, device: torch.device | str) -> Opened:
-    opened.model.float().to(device)  # the forward is in float32, whatever the file is in
-    return opened
+        return read_hf(path)
+    return None

@@ -4,7 +4,7 @@ The scale of a low-bit matrix is the one that is served. It is never computed ag
 of a ternary matrix is smaller than its scale by the share of zeros.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,6 +35,14 @@ class Matrix:
             return self.weight.float()
         assert self.inv_scale is not None
         return self.levels.float() / self.inv_scale
+
+    def latent(self) -> Tensor:
+        """A float weight to train on; where none was kept, levels x c with the c whose absmean is the stored scale."""
+        if self.weight is not None:
+            return self.weight
+        assert self.levels is not None and self.inv_scale is not None
+        share = self.levels.count_nonzero() / self.levels.numel()
+        return self.levels.float() / (self.inv_scale * share.clamp(min=1e-9))
 
 
 def _matrix(name: str, linear: nn.Module) -> Matrix:
@@ -99,15 +107,22 @@ def forms(model: Transformer) -> tuple[str, ActBits]:
     return found.pop() if found else ("none", "none")
 
 
+def float_state(model: Transformer, weight_of: Callable[[Matrix], Tensor]) -> dict[str, Tensor]:
+    """A state dict of the plain float layout; ``weight_of`` chooses what stands for a matrix.
+
+    A tied head is one tensor under both names, as in a run.
+    """
+    state = {f"{matrix.name}.weight": weight_of(matrix) for matrix in matrices(model)}
+    state |= {f"{name}.weight": weight for name, weight in (*vectors(model), *tables(model).items())}
+    state.setdefault("lm_head.weight", state["tok_embeddings.weight"])
+    return state
+
+
 def without_activation_quantization(model: Transformer) -> Transformer:
     """The float model that multiplies by the dense form of every matrix: the graph alone."""
     with without_memory():
         plain = Transformer(model.config)
-    state = {f"{matrix.name}.weight": matrix.dense() for matrix in matrices(model)}
-    state |= {f"{name}.weight": weight for name, weight in vectors(model)}
-    state |= {f"{name}.weight": weight.float() for name, weight in tables(model).items()}
-    state.setdefault("lm_head.weight", state["tok_embeddings.weight"])
-    plain.load_state_dict(state, assign=True)
+    plain.load_state_dict(float_state(model, Matrix.dense), assign=True)
     if model.config.tie_embeddings:
         plain.lm_head.weight = plain.tok_embeddings.weight
     return plain.requires_grad_(False).eval()

@@ -12,14 +12,16 @@ from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForC
 
 from bitnet.__main__ import main
 from bitnet.checkpoint import load_checkpoint
+from bitnet.data.tokenizer import begin_with
 from bitnet.errors import UserError
 from bitnet.inference.files import load_model
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.interchange import hf_export
+from bitnet.interchange.gguf_export import write_gguf
 from bitnet.interchange.hf_import import Folder, read_hf
-from bitnet.interchange.importing import latent_state, save_run
+from bitnet.interchange.importing import save_run
 from bitnet.interchange.opened import Opened, open_model
-from bitnet.interchange.parts import matrices
+from bitnet.interchange.parts import Matrix, float_state, matrices
 from bitnet.quantizers import quantize_ternary_absmean
 
 from .conftest import opened_model
@@ -176,13 +178,30 @@ def test_trainable_latents_quantize_to_the_same_trits_and_scale(trained, tmp_pat
     run_fit(stories, tmp_path / "more", *options, *sizes)
 
 
+def test_a_first_token_is_kept_by_both_formats(tmp_path) -> None:
+    """What a tokenizer puts before every text, said in the tokenizer or left to transformers' settings."""
+    opened = opened_model(sub_norm=False)
+    begin_with(opened.tokenizer, "<|endoftext|>")
+    ids = opened.tokenizer.encode("The dog").ids
+    assert ids[0] == 0
+    folder, file = written(opened, tmp_path / "hf"), tmp_path / "m.gguf"
+    write_gguf(file, opened.model, opened.tokenizer, kind="f16", name="t", eos_id=0, chat_template=None)
+    assert open_model(folder).tokenizer.encode("The dog").ids == ids
+    assert open_model(file).tokenizer.encode("The dog").ids == ids
+    plain = opened_model(sub_norm=False)
+    folder = written(plain, tmp_path / "left")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    assert open_model(folder).tokenizer.encode("The dog").ids == ids
+
+
 def test_all_zero_matrices_survive() -> None:
     opened = opened_model()
     with torch.no_grad():
         opened.model.layers[0].attention.wq.weight.zero_()
     from bitnet.inference.packing import pack
 
-    state = latent_state(pack(opened.model))
+    state = float_state(pack(opened.model), Matrix.latent)
     assert not state["layers.0.attention.wq.weight"].any()
 
 
