@@ -1,4 +1,4 @@
-"""The ``bitnet`` command: fit, pack, generate, evaluate, export, import, inspect, bench, prepare.
+"""The ``bitnet`` command: fit, quantize, synthesize, pack, generate, evaluate, export, import, inspect, bench, prepare.
 
 Bad input is one line and exit code 2; ``--debug`` shows the traceback.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Any
 
-from bitnet.commands import exchange, look, measure, serve
+from bitnet.commands import exchange, look, measure, quantize, serve
 from bitnet.commands.parser import OneLineArgumentParser, adder
 from bitnet.errors import UserError, did_you_mean
 
@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("fit", help=fit.__doc__, add_help=False)
     command = adder(commands)
+    quantize.add(command)
     serve.add(command)
     exchange.add(command)
     measure.add(command, commands)
@@ -38,10 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """Parse; ``inspect`` passes options that it does not know on to the config."""
+    """Parse; ``inspect`` passes options that it does not know on to the config, ``quantize`` to the recipe."""
     parser = build_parser()
     known, rest = parser.parse_known_args(args)
-    if rest and known.command == "inspect":
+    if known.command == "quantize":
+        known.recipe_options = rest
+    elif rest and known.command == "inspect":
         known.overrides = rest
     elif rest:
         path = [known.command, known.what] if known.command == "bench" else [known.command]

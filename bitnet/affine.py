@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from bitnet.errors import UserError
+from bitnet.quantizers import straight_through
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 SMALLEST_SCALE = 1e-8
 """A constant group still needs a scale to divide by."""
+SMALLEST_STORED_SCALE = 2.0**-24
+"""The smallest number of float16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,11 @@ class Scheme:
     def qmax(self) -> int:
         return (1 << self.bits - 1) - 1 if self.symmetric else (1 << self.bits) - 1
 
+    @property
+    def codes_dtype(self) -> torch.dtype:
+        """The smallest dtype of torch that holds every integer of this scheme."""
+        return torch.int8 if self.symmetric else torch.uint8
+
     def rows(self, x: Tensor) -> Tensor:
         """``x`` (..., K) as the rows that share a scale each along the last dimension; a view."""
         if self.granularity == "tensor":
@@ -81,6 +89,24 @@ def grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         scale = (torch.maximum(-low, high) / scheme.qmax).clamp_(min=SMALLEST_SCALE)
         return scale, torch.zeros_like(scale)
     scale = ((high - low) / scheme.qmax).clamp_(min=SMALLEST_SCALE)
+    return scale, (-low / scale).round_().clamp_(scheme.qmin, scheme.qmax)
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """``scale`` as it is stored, one of float16's values, in float32; the identity backward.
+
+    Layers compute with it from the beginning: a scale that is rounded only when a model is saved can move integers.
+    """
+    rounded = scale.detach().clamp(SMALLEST_STORED_SCALE, 65504.0).to(torch.float16).float()
+    return straight_through(rounded, scale)
+
+
+def fit(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """``(scale, zero_point)`` that cover the rows of ``w``, the scale as it is stored (see ``stored_scale``)."""
+    low, high = minmax(w, scheme)
+    scale = stored_scale(grid(low, high, scheme)[0])
+    if scheme.symmetric:
+        return scale, torch.zeros_like(scale)
     return scale, (-low / scale).round_().clamp_(scheme.qmin, scheme.qmax)
 
 

@@ -35,14 +35,44 @@ def describe(
     config: ModelConfig, recipe: Recipe, tokenizer_json: str, extras: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The ``bitnet`` entry of a checkpoint: plain values only. ``extras`` are those of ``EXTRAS``."""
-    assert dataclasses.is_dataclass(recipe)
     return {
         **(extras or {}),
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
-        "recipe": {"name": type(recipe).__name__, **dataclasses.asdict(recipe)},
+        "recipe": recipe_options(recipe),
         "tokenizer": tokenizer_json,
     }
+
+
+def recipe_options(recipe: Recipe) -> dict[str, Any]:
+    """``name`` and settings of a recipe as plain values; what it has found or holds meanwhile is left out."""
+    assert dataclasses.is_dataclass(recipe)
+    settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.init}
+    return {"name": type(recipe).__name__, **settings}
+
+
+def is_float(description: dict[str, Any]) -> bool:
+    """Whether a checkpoint or packed file holds a model without low bits."""
+    recipe = description.get("recipe") or {"name": "BitNet", "weight": "none", "act_bits": "none"}
+    return bool(recipe["name"] == "BitNet" and recipe.get("weight") == recipe.get("act_bits") == "none")
+
+
+def write_run(
+    folder: Path, description: dict[str, Any], state: dict[str, torch.Tensor], origin: dict[str, Any]
+) -> None:
+    """Make what ``load_checkpoint`` reads in an existing folder, for a model that no ``fit`` has trained.
+
+    ``description`` is that of ``describe``; ``state`` the state dict of the transformer.
+    """
+    content = {
+        "bitnet": description,
+        "state_dict": {MODEL_PREFIX + name: tensor for name, tensor in state.items()},
+        "global_step": 0,
+    }
+    (folder / "checkpoints").mkdir()
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
+    (folder / "tokenizer.json").write_text(description["tokenizer"], encoding="utf-8")
+    (folder / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
@@ -141,16 +171,23 @@ def model_of(
     with without_memory():
         model = Transformer(config)
         recipe.prepare(model)
-    # Imported weights keep the dtype of their file on disk; the forward is in float32.
-    state = {name: tensor.float() for name, tensor in model_state(content).items()}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_embeddings:
+    load_state(model, model_state(content), str(path), assign=True)
+    recipe.finalize(model)
+    return model.to(device).eval(), Tokenizer.from_str(content["bitnet"]["tokenizer"])
+
+
+def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str, assign: bool = False) -> None:
+    """Fill ``model`` with all tensors of ``state``; ``assign`` takes them as they are instead of copying.
+
+    Imported weights keep the dtype of their file on disk; the model gets float32. Raises ``UserError`` for others.
+    """
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
+    if model.config.tie_embeddings:
         model.lm_head.weight = model.tok_embeddings.weight
         missing = [name for name in missing if name != "lm_head.weight"]
     if missing or unexpected:
-        raise UserError(f"{path}: tensors do not fit the model: {', '.join([*missing, *unexpected][:4])}.")
-    recipe.finalize(model)
-    return model.to(device).eval(), Tokenizer.from_str(content["bitnet"]["tokenizer"])
+        raise UserError(f"{where}: tensors do not fit the model: {', '.join([*missing, *unexpected][:4])}.")
 
 
 def weights_digest(state: dict[str, torch.Tensor]) -> str:

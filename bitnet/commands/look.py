@@ -39,7 +39,7 @@ def prepare(args: argparse.Namespace) -> None:
     import shutil
 
     from bitnet.data.datamodule import TokenDataModule
-    from bitnet.training.progress import PreparationProgress
+    from bitnet.progress import PreparationProgress
 
     out = Path(args.out)
     if out.exists():

@@ -6,9 +6,7 @@ Packed ternary weights stay packed (``packed.safetensors`` in the folder); every
 import json
 from pathlib import Path
 
-import torch
-
-from bitnet.checkpoint import describe
+from bitnet.checkpoint import describe, write_run
 from bitnet.errors import UserError
 from bitnet.estimate import count_parameters
 from bitnet.inference.files import PACKED_NAME, save_packed
@@ -28,13 +26,9 @@ def save_run(opened: Opened, folder: Path, trainable: bool) -> None:
     if trainable or not isinstance(model, PackedTransformer):
         options = {key: value for key, value in opened.recipe.items() if key != "name"}
         recipe = BitNet(**options)
-        content = {
-            "bitnet": describe(model.config, recipe, opened.tokenizer.to_str(), opened.extras()),
-            "state_dict": {f"model.{name}": tensor for name, tensor in float_state(model, Matrix.latent).items()},
-            "global_step": 0,
-        }
-        (folder / "checkpoints").mkdir()
-        torch.save(content, folder / "checkpoints" / "last.ckpt")
+        description = describe(model.config, recipe, opened.tokenizer.to_str(), opened.extras())
+        write_run(folder, description, float_state(model, Matrix.latent), opened.origin)
+        return
     opened.tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "origin.json").write_text(json.dumps(opened.origin, indent=1) + "\n", encoding="utf-8")
 

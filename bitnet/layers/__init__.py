@@ -1,6 +1,18 @@
 """Low-bit linear layers and the one function that puts them into a model."""
 
+from bitnet.layers.activation_quantizer import ActivationScheme
 from bitnet.layers.bit_linear import BitLinear, level_shares, low_bit_layers
+from bitnet.layers.fake_quantized_linear import FakeQuantizedLinear, quantized_layers
+from bitnet.layers.lora_linear import LoRALinear
 from bitnet.layers.swap import swap_linears
 
-__all__ = ["BitLinear", "level_shares", "low_bit_layers", "swap_linears"]
+__all__ = [
+    "ActivationScheme",
+    "BitLinear",
+    "FakeQuantizedLinear",
+    "LoRALinear",
+    "level_shares",
+    "low_bit_layers",
+    "quantized_layers",
+    "swap_linears",
+]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bitnet.errors import UserError
 from bitnet.layers import BitLinear, swap_linears
 from bitnet.layers.bit_linear import ActBits, WeightKind
-from bitnet.recipes.base import Recipe
+from bitnet.recipes.base import Progress, Recipe, no_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class BitNet(Recipe):
         """Activation bits of the linear at path ``name``."""
         return 8 if act_bits == 4 and name.rpartition(".")[2] in self.keep_8bit else act_bits
 
-    def prepare(self, model: nn.Module, batches: Iterable[Tensor] = ()) -> list[str]:
+    def prepare(self, model: nn.Module, batches: Iterable[Tensor] = (), progress: Progress = no_progress) -> list[str]:
         if self.weight == "none" and self.act_bits == "none":
             return []
 

@@ -4,12 +4,12 @@
 ones. Each new run gets a folder of its own; ``--ckpt_path last`` continues the newest run of that name.
 """
 
+import inspect
 import os
-import re
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,15 +24,16 @@ with triton_unseen_without_gpu():
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from bitnet.checkpoint import check_fits, read_checkpoint
+from bitnet.checkpoint import build, check_fits, find_checkpoint, read_checkpoint
 from bitnet.config import ModelConfig, OptimConfig
 from bitnet.data.datamodule import TokenDataModule
-from bitnet.errors import UserError, did_you_mean
+from bitnet.errors import UserError
+from bitnet.parse_errors import explain
+from bitnet.progress import PreparationProgress
 from bitnet.recipes import RECIPES, BitNet, Recipe
 from bitnet.training.atomic import AtomicCheckpointIO, remove_partial_files
 from bitnet.training.callbacks import LastCheckpoint, default_callbacks
 from bitnet.training.lit import LitBitNet
-from bitnet.training.progress import PreparationProgress
 from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
 from bitnet.training.shipped import find_config
 from bitnet.training.tensorboard import RunLogger
@@ -47,7 +48,7 @@ class OneLineParser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_explain(message, self._known_keys()))
+        raise UserError(explain(message, self._known_keys()))
 
     def _known_keys(self) -> set[str]:
         keys: set[str] = set()
@@ -55,36 +56,7 @@ class OneLineParser(LightningArgumentParser):
             keys.update(option.lstrip("-") for option in action.option_strings)
             for subparser in getattr(action, "_name_parser_map", {}).values():
                 keys |= subparser._known_keys()
-        return keys | {f"model.recipe.{key}" for key in BitNet.__dataclass_fields__}
-
-
-UNKNOWN_KEY = (
-    r"does not accept (?:option|nested key) '([\w.]+)'",
-    r"Key '([\w.]+)' is not expected",
-    r"Option '([\w.]+)' is not accepted",
-    r"[Uu]nrecognized arguments?: -*([\w.]+)",
-    r"No action for key \"([\w.]+)\"",
-)
-
-
-def _explain(message: str, known: set[str]) -> str:
-    """jsonargparse's message in one line: the key, the value, what is valid, and the nearest key to an unknown one."""
-    text = " ".join(message.split())
-    text = re.sub(r"^Parser key \"?(subcommand|fit)\"?: ", "", text)
-    parents = re.findall(r"Parser key \"([\w.]+)\":", text)
-    for pattern in UNKNOWN_KEY:
-        if match := re.search(pattern, text):
-            key = match[1].removeprefix("fit.")
-            if key not in known and parents and not key.startswith(parents[0]):
-                key = f"{parents[0]}.{key}"
-            return f"unknown key '{key}'.{did_you_mean(key, known)}"
-    if match := re.search(
-        r"Expected an? (?:typing\.)?(Literal\[.*?\]|<class '(?:[\w.]+)'>).*?Got value: (.*?)(?= - |$)", text
-    ):
-        wanted = match[1].removeprefix("Literal[").rstrip("]")
-        wanted = f"one of {wanted}" if match[1].startswith("Literal") else re.sub(r"<class '([\w.]+)'>", r"\1", wanted)
-        return f"{'.'.join(parents) or 'a value'} = {match[2]}: expected {wanted}."
-    return text if len(text) < 600 else text[:600] + " ..."
+        return keys | {f"model.recipe.{key}" for kind in RECIPES.values() for key in inspect.signature(kind).parameters}
 
 
 def report_error(error: BaseException) -> int:
@@ -143,8 +115,13 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config.fit
         # Everything that can be wrong is looked at before a run folder exists.
+        self.model.check_parent()
+        self.model.resumes = self.ckpt_path is not None
+        self.model.calibration_progress = PreparationProgress()
         others = {"--ckpt_path": self.ckpt_path, "model.init_from": self.model.init_from}
         contents = {f"{option} {path}": read_checkpoint(path) for option, path in others.items() if path}
+        if self.model.recipe.needs_parent:
+            self._adopt(contents[f"model.init_from {self.model.init_from}"]["bitnet"])
         self.datamodule.progress = PreparationProgress()
         store = self.datamodule.prepare_tokens()
         model_config = replace(self.model.config, vocab_size=store.vocab_size)
@@ -165,6 +142,14 @@ class FitCLI(LightningCLI):
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
+    def _adopt(self, parent: dict[str, Any]) -> None:
+        """Take sizes and tokenizer from the model that the recipe starts from, so that nobody has to repeat them."""
+        self.model.config, _ = build(parent)
+        tokenizer = find_checkpoint(self.model.init_from).parent.parent / "tokenizer.json"
+        if self.datamodule.tokenizer_path is None and tokenizer.is_file():
+            self.datamodule.tokenizer_path = str(tokenizer)
+            self.datamodule.eos_token = self.datamodule.eos_token or parent.get("eos_token")
+
     def before_fit(self) -> None:
         if is_first_process():
             self._make_run_folder()
@@ -184,6 +169,9 @@ class FitCLI(LightningCLI):
         saved["ckpt_path"] = None
         saved["overwrite"] = False
         saved["trainer"]["default_root_dir"] = str(self.run_folder)
+        if self.model.recipe.needs_parent:
+            saved["model"]["config"] = asdict(self.model.config)
+            saved["data"]["tokenizer"] = self.datamodule.tokenizer_path
         (self.run_folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
 
 

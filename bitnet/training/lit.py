@@ -10,12 +10,13 @@ from torch import Tensor
 
 from bitnet import checkpoint
 from bitnet.config import ModelConfig, OptimConfig, ScheduleConfig
+from bitnet.data.calibration import spaced_batches
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError
 from bitnet.layers import low_bit_layers
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
-from bitnet.recipes import Recipe
+from bitnet.recipes import Progress, Recipe, no_progress
 from bitnet.training.optim import apply_schedule, build_optimizer
 
 DEFAULT_OPTIM = OptimConfig()
@@ -31,6 +32,7 @@ class LitBitNet(L.LightningModule):
         optim: AdamW's settings.
         schedule: Learning rate and weight decay over the run.
         init_from: Run folder or checkpoint whose weights to start from; null for random weights.
+        calibration_rows: Rows of the training text that a recipe may look at before training begins.
         compile: Compile each block with torch.compile.
         matmul_precision: Precision of float32 matmuls (torch.set_float32_matmul_precision).
     """
@@ -42,6 +44,7 @@ class LitBitNet(L.LightningModule):
         optim: OptimConfig = DEFAULT_OPTIM,
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
+        calibration_rows: int = 128,
         compile: bool = False,
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
     ) -> None:
@@ -49,6 +52,10 @@ class LitBitNet(L.LightningModule):
         self.config = config
         self.recipe, self.optim, self.schedule = recipe, optim, schedule
         self.init_from, self.compile_blocks, self.matmul_precision = init_from, compile, matmul_precision
+        self.calibration_rows = calibration_rows
+        self.calibration_progress: Progress = no_progress
+        self.resumes = False
+        """Whether a checkpoint of this run will fill the model: then nothing is calibrated again."""
         self.model: Transformer | None = None
         self._validation = Score()
 
@@ -85,7 +92,7 @@ class LitBitNet(L.LightningModule):
         model = Transformer(self.config)
         if self.init_from:
             self._load_initial(model, self.init_from)
-        self.recipe.prepare(model)
+        self.recipe.prepare(model, self._calibration(), self.calibration_progress)
         self._apply_stage(model)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self._shard(model)
@@ -98,7 +105,29 @@ class LitBitNet(L.LightningModule):
         """Weights of another run; float and low-bit runs have the same keys."""
         content = checkpoint.read_checkpoint(path)
         self._check_fits(content["bitnet"], f"model.init_from = {path}")
-        model.load_state_dict(checkpoint.model_state(content))
+        self._check_parent(content["bitnet"], path)
+        checkpoint.load_state(model, checkpoint.model_state(content), f"model.init_from = {path}")
+
+    def check_parent(self) -> None:
+        """Refuse a recipe that has nothing to start from, or nothing to train, before any work begins."""
+        name = type(self.recipe).__name__
+        if not self.recipe.trains:
+            raise UserError(f"model.recipe = {name}: there is nothing to train; use 'bitnet quantize'.")
+        if self.recipe.needs_parent and not self.init_from:
+            raise UserError(f"model.recipe = {name} starts from a trained float model: set model.init_from to its run.")
+
+    def _check_parent(self, description: dict[str, Any], path: str) -> None:
+        if self.recipe.needs_parent and not checkpoint.is_float(description):
+            raise UserError(
+                f"model.init_from = {path}: a low-bit model ({description['recipe']['name']}); "
+                f"{type(self.recipe).__name__} starts from a float one (weight: none, act_bits: none)."
+            )
+
+    def _calibration(self) -> list[Tensor]:
+        if self.resumes or not self.recipe.needs_text or not self.calibration_rows:
+            return []
+        data = self.data
+        return spaced_batches(data.tokens.ids("train-0"), self.calibration_rows, data.seq_len, data.batch_size)
 
     def _check_fits(self, description: dict[str, Any], where: str) -> None:
         checkpoint.check_fits(description, self.config, self.data.tokenizer.to_str(), where)

@@ -1,4 +1,4 @@
-"""AdamW in three groups: latent matrices, embeddings, and norms (which are never decayed)."""
+"""AdamW in three groups: latent matrices, embeddings, and what is never decayed: norms, scales, adapters."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from bitnet.training.schedules import lr_factor, weight_decay_factor
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters by role: ``matrices``, ``embeddings`` (input and output), ``norms`` (and biases)."""
+    """Trainable parameters by role: ``matrices``, ``embeddings`` (input and output), ``norms`` (and all that is small:
+    biases, scales, zero points, adapters)."""
     tables = {
         id(p)
         for name, module in model.named_modules()
@@ -18,9 +19,10 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         for p in module.parameters(recurse=False)
     }
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "norms": []}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role = "embeddings" if id(parameter) in tables else "matrices" if parameter.ndim >= 2 else "norms"
+            is_matrix = parameter.ndim >= 2 and name.endswith("weight")
+            role = "embeddings" if id(parameter) in tables else "matrices" if is_matrix else "norms"
             groups[role].append(parameter)
     return groups
 

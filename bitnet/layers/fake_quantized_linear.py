@@ -1,0 +1,297 @@
+"""``FakeQuantizedLinear``: a linear layer on an integer grid (or a codebook), the layer of all post-training recipes.
+
+A layer is in one of three states:
+
+* ``latent``: ``weight`` (N, K) is trained, its grid follows its smallest and largest values (QAT);
+* ``learned``: ``weight``, ``scale`` and ``zero_point`` are all trained (LSQ, EfficientQAT's Block-AP);
+* ``frozen``: integers ``q`` (N, K) that never change; ``scale`` may be trained (E2E-QP, PEQA).
+
+With float activations ``y = x @ W_hat.T`` with ``W_hat = (q - zero_point) * scale``. With integer activations every
+program computes the same, bit for bit, with G groups of inputs that share a scale::
+
+    y = (sum over g ascending of float32(sum over k in g of (q - zero_point) * x_q) * scale[n, g]) / x_inv_scale
+
+The inner sums are exact integers. A state dict has the plain float layout: ``weight`` is ``W_hat`` of a frozen layer,
+beside ``scale`` and ``zero_point``, and loading finds the same integers again as ``round(W_hat / scale + zero_point)``.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.affine import Scheme, dequantize_affine, fake_quantize_affine, fit, quantize_affine, stored_scale
+from bitnet.codebook import Codebook
+from bitnet.layers.activation_quantizer import ActivationQuantizer, ActivationScheme
+from bitnet.layers.bit_linear import integer_matmul
+
+State = Literal["latent", "learned", "frozen"]
+
+EXACT_CHUNK = 512
+"""Inputs for which float32 sums of integers below 256 times integers below 128 are exact."""
+
+
+def exact_sums(x_q: Tensor, w: Tensor) -> Tensor:
+    """``x_q @ w.T`` of integer-valued float32 (M, K) and (N, K): the exact sums, rounded once to float32 (M, N)."""
+    if x_q.shape[1] <= EXACT_CHUNK:
+        return integer_matmul(x_q, w)
+    total = torch.zeros(x_q.shape[0], w.shape[0], dtype=torch.int32, device=x_q.device)
+    for a, b in zip(x_q.split(EXACT_CHUNK, dim=1), w.split(EXACT_CHUNK, dim=1), strict=True):
+        total += integer_matmul(a, b).to(torch.int32)
+    return total.float()
+
+
+def grouped_product(x_q: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+    """x_q (M, K), w (N, K) integer-valued float32, scale (N or 1, G) -> float32 (M, N), by the formula above."""
+    size = -(-w.shape[1] // scale.shape[1])
+    parts = zip(x_q.split(size, dim=1), w.split(size, dim=1), scale.t(), strict=True)
+    y = torch.zeros(x_q.shape[0], w.shape[0], device=x_q.device)
+    for a, b, factor in parts:
+        y += exact_sums(a, b) * factor
+    return y
+
+
+class _Served(torch.autograd.Function):
+    """x (M, K), W_hat (N, K) and the served result (M, N) -> that result; backward as of ``x @ W_hat.T``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, w = ctx.saved_tensors
+        grad_x = grad @ w.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_w = (grad.t() @ x.to(grad.dtype)).to(w.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w, None
+
+
+class FakeQuantizedLinear(nn.Module):
+    """Drop-in for ``nn.Linear`` with weights on ``grid`` and, unless ``act`` is ``None``, integer activations.
+
+    ``output`` quantizes what comes out per token: on wk and wv that is a quantized KV cache (before the rotation).
+    ``outlier_threshold`` takes input columns with a magnitude above it in floating point (LLM.int8()).
+    ``outliers`` reserves room for that many weights kept in floating point (SpQR).
+    """
+
+    q: Tensor | None
+    outlier_at: Tensor | None
+    outlier_values: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        grid: Scheme | Codebook,
+        state: State = "frozen",
+        act: ActivationScheme | None = None,
+        output: ActivationScheme | None = None,
+        outlier_threshold: float | None = None,
+        outliers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.grid, self.state = grid, state
+        self.act = None if act is None else ActivationQuantizer(act)
+        self.output = None if output is None else ActivationQuantizer(output)
+        self.quantizes_activations = True
+        self.outlier_threshold = outlier_threshold
+        self.weight: nn.Parameter | None = None
+        self.scale: nn.Parameter | None = None
+        self.zero_point: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        self.register_buffer("q", None, persistent=False)
+        self.register_buffer("outlier_at", torch.zeros(outliers, dtype=torch.int64) if outliers else None)
+        self.register_buffer("outlier_values", torch.zeros(outliers) if outliers else None)
+        if state != "latent":
+            shape = self._rows.scale_shape((out_features, in_features))
+            self.scale = nn.Parameter(torch.ones(shape), requires_grad=state == "learned")
+            if not self.symmetric:
+                self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=state == "learned")
+        if state == "frozen":
+            self.q = torch.zeros(out_features, in_features, dtype=self._codes_dtype)
+        else:
+            self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, grid: Scheme | Codebook, state: State, **options: Any) -> Any:
+        """The layer for ``linear``, its grid from its smallest and largest weights; on the meta device, the shapes."""
+        new = cls(linear.in_features, linear.out_features, grid=grid, state=state, **options)
+        new.bias = linear.bias
+        if linear.weight.is_meta:
+            return new
+        new.to(linear.weight.device).train(linear.training)
+        if state == "frozen":
+            new.quantize_from(linear.weight)
+            return new
+        new.weight = nn.Parameter(linear.weight) if not isinstance(linear.weight, nn.Parameter) else linear.weight
+        if state == "learned":
+            assert isinstance(grid, Scheme)
+            new.set_grid(*fit(linear.weight, grid))
+        return new
+
+    # ---- the weight
+
+    @property
+    def _rows(self) -> Scheme:
+        return self.grid if isinstance(self.grid, Scheme) else self.grid.blocks
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the integers have no zero point."""
+        return isinstance(self.grid, Codebook) or self.grid.symmetric
+
+    @property
+    def _codes_dtype(self) -> torch.dtype:
+        return self.grid.codes_dtype if isinstance(self.grid, Scheme) else torch.uint8
+
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Give ``scale`` and ``zero_point`` new values."""
+        assert self.scale is not None
+        self.scale.data = scale.detach().clone()
+        if self.zero_point is not None and zero_point is not None:
+            self.zero_point.data = zero_point.detach().clone()
+
+    @torch.no_grad()
+    def set_codes(self, q: Tensor) -> None:
+        """Give a frozen layer its integers, (N, K) in any dtype."""
+        assert self.state == "frozen"
+        self.q = q.to(self._codes_dtype)
+
+    @torch.no_grad()
+    def quantize_from(self, w: Tensor) -> None:
+        """Round ``w`` (N, K) to nearest on the grid that covers it; the layer must be frozen."""
+        if isinstance(self.grid, Codebook):
+            self.set_grid(self.grid.fit(w), None)
+        else:
+            self.set_grid(*fit(w, self.grid))
+        self.requantize(w)
+
+    @torch.no_grad()
+    def requantize(self, w: Tensor) -> None:
+        """Round ``w`` (N, K) to nearest on the grid that the layer has."""
+        assert self.scale is not None
+        scale = stored_scale(self.scale)
+        if isinstance(self.grid, Codebook):
+            self.set_codes(self.grid.quantize(w, scale))
+        else:
+            zero_point = torch.zeros_like(scale) if self.zero_point is None else self.zero_point
+            self.set_codes(quantize_affine(w, scale, zero_point, self.grid))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(q, scale, zero_point)`` as they are served: integers (N, K); (1, 1), (N, 1) or (N, G, 1) twice."""
+        if self.state == "frozen":
+            assert self.q is not None and self.scale is not None
+            scale = stored_scale(self.scale)
+            zero_point = torch.zeros_like(scale) if self.zero_point is None else self.zero_point
+            return self.q, scale, zero_point
+        assert self.weight is not None and isinstance(self.grid, Scheme)
+        scale, zero_point = self._grid_now()
+        zero_point = zero_point.detach().round().clamp(self.grid.qmin, self.grid.qmax)
+        return quantize_affine(self.weight, scale, zero_point, self.grid), scale, zero_point
+
+    def _grid_now(self) -> tuple[Tensor, Tensor]:
+        assert self.weight is not None and isinstance(self.grid, Scheme)
+        if self.scale is None:
+            return fit(self.weight, self.grid)
+        scale = stored_scale(self.scale)
+        return scale, torch.zeros_like(scale) if self.zero_point is None else self.zero_point
+
+    def dense(self) -> Tensor:
+        """``W_hat`` float32 (N, K), differentiable in whatever is trained."""
+        if self.state == "frozen":
+            q, scale, zero_point = self.parts()
+            if isinstance(self.grid, Codebook):
+                w = self.grid.dequantize(q, scale)
+            else:
+                w = dequantize_affine(q, scale, zero_point, self.grid)
+        else:
+            assert self.weight is not None and isinstance(self.grid, Scheme)
+            w = fake_quantize_affine(self.weight, *self._grid_now(), self.grid)
+        if self.outlier_at is not None and self.outlier_values is not None:
+            w = w.flatten().index_copy(0, self.outlier_at, self.outlier_values).view_as(w)
+        return w
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Turn the weight into integers for good; they are those that ``dense`` used."""
+        if self.state == "frozen":
+            return
+        q, scale, zero_point = (t.detach().clone() for t in self.parts())
+        self.state, self.weight = "frozen", None
+        self.set_codes(q)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.zero_point = None if self.symmetric else nn.Parameter(zero_point, requires_grad=False)
+
+    # ---- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.act is not None:
+            self.act.observe(x)
+        if self.act is None or not self.quantizes_activations:
+            y = F.linear(x, self.dense().to(x.dtype))
+        else:
+            y = self._integer_forward(x.reshape(-1, self.in_features), self.act).view(*x.shape[:-1], -1)
+        if self.bias is not None:
+            y = y + self.bias
+        return y if self.output is None else self.output.fake_quantize(y, *self.output.quantize(y))
+
+    def _integer_forward(self, x: Tensor, act: ActivationQuantizer) -> Tensor:
+        columns = None
+        if self.outlier_threshold is not None:
+            columns = (x.detach().abs() > self.outlier_threshold).any(dim=0)
+            whole, x = x, x.masked_fill(columns, 0.0)
+        x_q, inv_scale = act.quantize(x)
+        q, scale, zero_point = self.parts()
+        rows = self._rows
+        with torch.no_grad():
+            centered = (rows.rows(q).float() - zero_point).view(self.out_features, self.in_features)
+            y = (grouped_product(x_q, centered, scale.flatten(1)) / inv_scale).to(x.dtype)
+        if torch.is_grad_enabled():
+            y = _Served.apply(act.fake_quantize(x, x_q, inv_scale), self.dense(), y)  # type: ignore[no-untyped-call]
+        if columns is not None and bool(columns.any()):
+            y = y + F.linear(whole[:, columns], self.dense()[:, columns])
+        return y
+
+    # ---- checkpoints
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.state == "frozen":
+            destination[f"{prefix}weight"] = self.dense().detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        rest = dict(state_dict)
+        w = rest.pop(f"{prefix}weight", None) if self.state == "frozen" else None
+        super()._load_from_state_dict(rest, prefix, *others)
+        if self.state != "frozen":
+            return
+        if w is None or tuple(w.shape) != (self.out_features, self.in_features) or self.scale is None:
+            missing: list[str] = others[2]
+            missing.append(f"{prefix}weight")
+            return
+        if not self.scale.is_meta:
+            self._recover(w)
+
+    @torch.no_grad()
+    def _recover(self, w: Tensor) -> None:
+        """The integers behind ``w`` (N, K), which is ``dense()`` of a layer with this grid."""
+        assert self.scale is not None
+        if isinstance(self.grid, Codebook) or self.zero_point is None:
+            self.requantize(w)
+            return
+        # One rounding at the end: zero points that an adapter was merged into are not integers.
+        codes = self.grid.rows(w.float()) / stored_scale(self.scale) + self.zero_point
+        self.set_codes(codes.round_().clamp_(self.grid.qmin, self.grid.qmax).view(w.shape))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, grid={self.grid}, state={self.state}"
+
+
+def quantized_layers(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
+    """The layers of ``model`` that are on a grid, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizedLinear)}
