@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 BITNET = [sys.executable, "-m", "bitnet"]
+SEARCHED = "SmoothQuant O2"
+"""The row that searches alpha; the others of SmoothQuant take what it has found."""
 ROWS: dict[str, list[str]] = {
     "W8A8 per tensor, O1": ["smoothquant", "--alpha", "none", "--level", "o1"],
     "W8A8 per tensor, O2": ["smoothquant", "--alpha", "none", "--level", "o2"],
     "W8A8 per tensor, O3": ["smoothquant", "--alpha", "none", "--level", "o3"],
-    "SmoothQuant O1": ["smoothquant", "--alpha", "auto", "--level", "o1"],
-    "SmoothQuant O2": ["smoothquant", "--alpha", "auto", "--level", "o2"],
-    "SmoothQuant O3": ["smoothquant", "--alpha", "auto", "--level", "o3"],
-    "SmoothQuant, channel and token": ["smoothquant", "--alpha", "auto", "--weight_scale", "channel"],
+    SEARCHED: ["smoothquant", "--alpha", "auto", "--level", "o2"],
+    "SmoothQuant O1": ["smoothquant", "--alpha", "FOUND", "--level", "o1"],
+    "SmoothQuant O3": ["smoothquant", "--alpha", "FOUND", "--level", "o3"],
+    "SmoothQuant, channel and token": ["smoothquant", "--alpha", "FOUND", "--weight_scale", "channel"],
     "LLM.int8()": ["llm_int8"],
     **{
         f"{label} {bits} bits, groups of 64": [recipe, "--bits", str(bits), "--group_size", "64"]
@@ -86,9 +88,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--rows", type=int, default=64, help="calibration rows of 512 tokens")
+    parser.add_argument("--rows", type=int, default=32, help="calibration rows of 512 tokens")
     parser.add_argument("--seq_len", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--json", required=True)
@@ -107,6 +109,7 @@ def main() -> None:
         for name, options in ROWS.items():
             if name in rows or args.only not in name:
                 continue
+            options = [str(rows[SEARCHED]["alpha"]) if option == "FOUND" else option for option in options]
             rows[name] = measure(name, options, args, Path(folder))
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             row = rows[name]

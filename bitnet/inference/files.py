@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitnet.checkpoint import load_checkpoint
+from bitnet.checkpoint import build, load_checkpoint
 from bitnet.errors import UserError
 from bitnet.inference.header import (
     FORMAT_VERSION,
@@ -31,13 +31,19 @@ from bitnet.inference.header import (
 from bitnet.inference.packed_linear import PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import LayerForms, packed_skeleton
+from bitnet.layers import quantized_layers
 from bitnet.model import Transformer
+from bitnet.recipes import POST_TRAINING
 from bitnet.tensor_file import bytes_of, layout, write
 from bitnet_kernels import FORMATS
 from bitnet_kernels.cpu.memory import empty_in_huge_pages
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+ON_GRID = tuple(kind.__name__ for kind in POST_TRAINING.values())
+"""Recipes whose layers are not ``PackedLinear``: they build the layers of a packed file that they are named in."""
 
 
 def _stored_tensors(model: PackedTransformer) -> dict[str, Tensor]:
@@ -125,7 +131,10 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
         name: ("ternary2" if form == "ternary_base3" else form, bits) for name, (form, bits) in packed.forms.items()
     }
     try:
-        model = packed_skeleton(packed.config, resident, packed.head)  # type: ignore[arg-type]
+        _, recipe = build(packed.description) if packed.recipe.get("name") in ON_GRID else (None, None)
+        model = packed_skeleton(packed.config, resident, packed.head, recipe)  # type: ignore[arg-type]
+    except UserError as error:
+        raise damaged(packed.path, str(error).rstrip(".")) from error
     except (RuntimeError, ValueError, TypeError) as error:  # sizes beyond what a tensor can have
         raise damaged(packed.path, "no model has its sizes") from error
     expected = _stored_tensors(model)
@@ -149,6 +158,10 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
             owner = name.removesuffix(".packed")
             form = packed.forms[owner][0] if owner != name else ""
             _fill(destinations[name], stream(file, packed, name), layers[owner] if form == "ternary_base3" else None)
+    for name, layer in quantized_layers(model).items():
+        at = layer.outlier_at
+        if at is not None and not 0 <= int(at.min()) <= int(at.max()) < layer.in_features * layer.out_features:
+            raise damaged(packed.path, f"{name} keeps weights that it does not have")
     return model.join_blocks().to(device), tokenizer
 
 

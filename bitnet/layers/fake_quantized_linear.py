@@ -1,18 +1,21 @@
 """``FakeQuantizedLinear``: a linear layer on an integer grid (or a codebook), the layer of all post-training recipes.
 
-A layer is in one of three states:
+A layer is in one of four states:
 
 * ``latent``: ``weight`` (N, K) is trained, its grid follows its smallest and largest values (QAT);
 * ``learned``: ``weight``, ``scale`` and ``zero_point`` are all trained (LSQ, EfficientQAT's Block-AP);
-* ``frozen``: integers ``q`` (N, K) that never change; ``scale`` may be trained (E2E-QP, PEQA).
+* ``frozen``: integers ``q`` (N, K) that never change; ``scale`` may be trained (E2E-QP, PEQA);
+* ``packed``: the same integers as ``codes`` of b bits, scales in 16 bits, zero points in 8: what a packed file holds.
 
 With float activations ``y = x @ W_hat.T`` with ``W_hat = (q - zero_point) * scale``. With integer activations every
 program computes the same, bit for bit, with G groups of inputs that share a scale::
 
     y = (sum over g ascending of float32(sum over k in g of (q - zero_point) * x_q) * scale[n, g]) / x_inv_scale
 
-The inner sums are exact integers. A state dict has the plain float layout: ``weight`` is ``W_hat`` of a frozen layer,
-beside ``scale`` and ``zero_point``, and loading finds the same integers again as ``round(W_hat / scale + zero_point)``.
+The inner sums are exact integers. For a few tokens a kernel reads the packed codes, of a packed layer and of a frozen
+one: with float activations its sums round in another order, so it serves both. Unless packed, a state dict has the
+plain float layout: ``weight`` is ``W_hat`` of a frozen layer, beside ``scale`` and ``zero_point``; loading finds the
+same integers again as ``round(W_hat / scale + zero_point)``.
 """
 
 from typing import Any, Literal
@@ -25,8 +28,9 @@ from bitnet.affine import Scheme, dequantize_affine, fake_quantize_affine, fit, 
 from bitnet.codebook import Codebook
 from bitnet.layers.activation_quantizer import ActivationQuantizer, ActivationScheme
 from bitnet.layers.bit_linear import integer_matmul
+from bitnet_kernels import FEW_TOKENS, MAX_AFFINE_K, affine_matmul, pack_codes, row_bytes, unpack_codes
 
-State = Literal["latent", "learned", "frozen"]
+State = Literal["latent", "learned", "frozen", "packed"]
 
 EXACT_CHUNK = 512
 """Inputs for which float32 sums of integers below 256 times integers below 128 are exact."""
@@ -77,6 +81,7 @@ class FakeQuantizedLinear(nn.Module):
     """
 
     q: Tensor | None
+    codes: Tensor | None
     outlier_at: Tensor | None
     outlier_values: Tensor | None
 
@@ -104,6 +109,8 @@ class FakeQuantizedLinear(nn.Module):
         self.zero_point: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         self.register_buffer("q", None, persistent=False)
+        self.register_buffer("codes", None)
+        self._few: Tensor | None = None
         self.register_buffer("outlier_at", torch.zeros(outliers, dtype=torch.int64) if outliers else None)
         self.register_buffer("outlier_values", torch.zeros(outliers) if outliers else None)
         if state != "latent":
@@ -160,7 +167,7 @@ class FakeQuantizedLinear(nn.Module):
     def set_codes(self, q: Tensor) -> None:
         """Give a frozen layer its integers, (N, K) in any dtype."""
         assert self.state == "frozen"
-        self.q = q.to(self._codes_dtype)
+        self.q, self._few = q.to(self._codes_dtype), None
 
     @torch.no_grad()
     def quantize_from(self, w: Tensor) -> None:
@@ -184,15 +191,60 @@ class FakeQuantizedLinear(nn.Module):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(q, scale, zero_point)`` as they are served: integers (N, K); (1, 1), (N, 1) or (N, G, 1) twice."""
-        if self.state == "frozen":
-            assert self.q is not None and self.scale is not None
-            scale = stored_scale(self.scale)
-            zero_point = torch.zeros_like(scale) if self.zero_point is None else self.zero_point
-            return self.q, scale, zero_point
+        if self.state in ("frozen", "packed"):
+            return self._integers(), *self._stored_grid()
         assert self.weight is not None and isinstance(self.grid, Scheme)
         scale, zero_point = self._grid_now()
         zero_point = zero_point.detach().round().clamp(self.grid.qmin, self.grid.qmax)
         return quantize_affine(self.weight, scale, zero_point, self.grid), scale, zero_point
+
+    def _stored_grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a layer whose integers are fixed, in float32."""
+        assert self.scale is not None
+        scale = stored_scale(self.scale.float())
+        return scale, torch.zeros_like(scale) if self.zero_point is None else self.zero_point.float()
+
+    @property
+    def _lowest(self) -> int:
+        """The integer whose code is 0."""
+        return self.grid.qmin if isinstance(self.grid, Scheme) else 0
+
+    def _integers(self) -> Tensor:
+        if self.q is not None:
+            return self.q
+        assert self.codes is not None
+        q = unpack_codes(self.codes, self.grid.bits, self.in_features)
+        return (q.to(torch.int16) + self._lowest).to(self._codes_dtype)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Keep the integers as ``codes`` of ``grid.bits`` bits, and scales and zero points as they are stored."""
+        self.freeze()
+        assert self.q is not None and self.scale is not None
+        q, scale, zero_point = self.parts()
+        if q.is_meta:
+            self.codes = torch.empty(
+                q.shape[0], row_bytes(q.shape[1], self.grid.bits), dtype=torch.uint8, device="meta"
+            )
+        else:
+            self.codes = self._packed_codes()
+        self.state, self.q, self._few = "packed", None, None
+        self.scale = nn.Parameter(scale.to(torch.float16), requires_grad=False)
+        if self.zero_point is not None:
+            stored = torch.float32 if self.merges_adapter else torch.uint8
+            self.zero_point = nn.Parameter(zero_point.to(stored), requires_grad=False)
+
+    merges_adapter = False
+    """Whether the zero points are floating point in the end."""
+
+    def _packed_codes(self) -> Tensor:
+        """Packed codes of a frozen or packed layer; kept until its integers change."""
+        if self.codes is not None:
+            return self.codes
+        if self._few is None or self._few.device != self._integers().device:
+            codes = (self._integers().to(torch.int16) - self._lowest).to(torch.uint8)
+            self._few = pack_codes(codes, self.grid.bits)
+        return self._few
 
     def _grid_now(self) -> tuple[Tensor, Tensor]:
         assert self.weight is not None and isinstance(self.grid, Scheme)
@@ -203,7 +255,7 @@ class FakeQuantizedLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """``W_hat`` float32 (N, K), differentiable in whatever is trained."""
-        if self.state == "frozen":
+        if self.state in ("frozen", "packed"):
             q, scale, zero_point = self.parts()
             if isinstance(self.grid, Codebook):
                 w = self.grid.dequantize(q, scale)
@@ -219,7 +271,7 @@ class FakeQuantizedLinear(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Turn the weight into integers for good; they are those that ``dense`` used."""
-        if self.state == "frozen":
+        if self.state in ("frozen", "packed"):
             return
         q, scale, zero_point = (t.detach().clone() for t in self.parts())
         self.state, self.weight = "frozen", None
@@ -233,12 +285,42 @@ class FakeQuantizedLinear(nn.Module):
         if self.act is not None:
             self.act.observe(x)
         if self.act is None or not self.quantizes_activations:
-            y = F.linear(x, self.dense().to(x.dtype))
+            y = self._float_forward(x)
         else:
             y = self._integer_forward(x.reshape(-1, self.in_features), self.act).view(*x.shape[:-1], -1)
         if self.bias is not None:
             y = y + self.bias
         return y if self.output is None else self.output.fake_quantize(y, *self.output.quantize(y))
+
+    def _reads_codes(self, x: Tensor) -> bool:
+        """Whether the product of ``x`` is left to the kernel for a few tokens."""
+        few = (
+            x.numel() <= FEW_TOKENS * self.in_features <= FEW_TOKENS * MAX_AFFINE_K
+            and not torch.is_grad_enabled()
+            and x.is_cpu
+        )
+        return few and self.state in ("frozen", "packed") and self.outlier_at is None
+
+    def _kernel(self, x: Tensor, inv_scale: Tensor | None) -> Tensor:
+        """``affine_matmul`` of x (M, K)."""
+        scale, zero_point = self._stored_grid()
+        shape = (self.out_features, scale[0].numel())
+        listed = isinstance(self.grid, Codebook)
+        return affine_matmul(
+            x,
+            self._packed_codes(),
+            self.grid.bits,
+            k=self.in_features,
+            scale=scale.flatten(1).expand(shape),
+            zero_point=(zero_point - self._lowest).flatten(1).expand(shape),
+            x_inv_scale=inv_scale,
+            table=self.grid.levels(x.device) if listed else None,  # type: ignore[union-attr]
+        )
+
+    def _float_forward(self, x: Tensor) -> Tensor:
+        if self._reads_codes(x) and x.dtype == torch.float32:
+            return self._kernel(x.reshape(-1, self.in_features), None).view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.dense().to(x.dtype))
 
     def _integer_forward(self, x: Tensor, act: ActivationQuantizer) -> Tensor:
         columns = None
@@ -246,11 +328,13 @@ class FakeQuantizedLinear(nn.Module):
             columns = (x.detach().abs() > self.outlier_threshold).any(dim=0)
             whole, x = x, x.masked_fill(columns, 0.0)
         x_q, inv_scale = act.quantize(x)
-        q, scale, zero_point = self.parts()
-        rows = self._rows
-        with torch.no_grad():
-            centered = (rows.rows(q).float() - zero_point).view(self.out_features, self.in_features)
-            y = (grouped_product(x_q, centered, scale.flatten(1)) / inv_scale).to(x.dtype)
+        if self._reads_codes(x) and not self.merges_adapter:
+            y = self._kernel(x_q.to(torch.int8), inv_scale).to(x.dtype)
+        else:
+            q, scale, zero_point = self.parts()
+            with torch.no_grad():
+                centered = (self._rows.rows(q).float() - zero_point).view(self.out_features, self.in_features)
+                y = (grouped_product(x_q, centered, scale.flatten(1)) / inv_scale).to(x.dtype)
         if torch.is_grad_enabled():
             y = _Served.apply(act.fake_quantize(x, x_q, inv_scale), self.dense(), y)  # type: ignore[no-untyped-call]
         if columns is not None and bool(columns.any()):

@@ -30,6 +30,7 @@ class LoRALinear(FakeQuantizedLinear):
     ) -> None:
         super().__init__(in_features, out_features, **options)
         self.rank, self.scaling, self.pooled = rank, alpha / rank, pooled
+        self.merges_adapter = pooled
         inputs = in_features
         if pooled:
             assert isinstance(self.grid, Scheme) and self.grid.granularity == "group" and not self.grid.symmetric

@@ -131,7 +131,7 @@ class LoftQ(QLoRA):
     def begin(self, layer: Any, w: Tensor) -> None:
         rest, a, b, _ = loftq(w.float(), lambda x: self.round(layer, x), self.rank, self.rounds)
         self.round(layer, rest)
-        layer.lora_a.data, layer.lora_b.data = a, b
+        layer.lora_a.data, layer.lora_b.data = a.contiguous(), b.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

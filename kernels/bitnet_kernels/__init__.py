@@ -1,5 +1,11 @@
 """Packed low-bit weights: their formats, the operators that multiply them, and plain-torch definitions of both."""
 
+from bitnet_kernels.affine import FEW_TOKENS as FEW_TOKENS
+from bitnet_kernels.affine import MAX_AFFINE_K as MAX_AFFINE_K
+from bitnet_kernels.affine import affine_matmul as affine_matmul
+from bitnet_kernels.affine import pack_codes as pack_codes
+from bitnet_kernels.affine import row_bytes as row_bytes
+from bitnet_kernels.affine import unpack_codes as unpack_codes
 from bitnet_kernels.formats import BLOCK as BLOCK
 from bitnet_kernels.formats import FORMATS as FORMATS
 from bitnet_kernels.formats import MAX_K as MAX_K

@@ -26,3 +26,16 @@ enum isa { PORTABLE = 0, NEON = 1, AVX2 = 2, AVX512 = 3, AMX = 4 };
 
 // Rows of weights handled together, and tokens of one tile.
 enum { STRIP = 32, TILE = 16 };
+
+#if defined(__x86_64__)
+
+// Sums of the 16 lanes of four vectors, as four lanes.
+INLINE TARGET_AVX512 __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+#endif

@@ -60,15 +60,6 @@ TARGET_AVX2 static void dot_avx2(dot_args a) {
         }
 }
 
-// Sums of the 16 lanes of four vectors, as four lanes.
-INLINE TARGET_AVX512 __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
-    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-
 // acc += sums of four products u8 * s8. In assembly, since gcc 12 copies every accumulator around the intrinsic.
 INLINE TARGET_AVX512 __m512i add_products(__m512i acc, __m512i code, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(code), "v"(x));

@@ -42,6 +42,10 @@ SIGNATURES = {
     ],
     "bitnet_activate": [POINTER, INT64, INT64, INT, INT, POINTER, INT],
     "bitnet_decode": [POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT64],
+    "bitnet_affine_matmul": [
+        POINTER, INT, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, POINTER, POINTER, INT64, POINTER,
+        POINTER, INT, INT,
+    ],
     "bitnet_wide_matmul": [POINTER, INT64, INT64, POINTER, INT64, INT, POINTER, POINTER, INT, INT],
 }  # fmt: skip
 
@@ -218,6 +222,35 @@ def wide_matmul(x: Tensor, w: Tensor, scale: Tensor | None, isa: Isa | None = No
         torch.get_num_threads(), best_isa() if isa is None else isa,
     )  # fmt: skip
     return None if missing else out
+
+
+def affine_matmul(
+    x: Tensor,
+    packed: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None,
+    x_inv_scale: Tensor | None,
+    isa: Isa | None = None,
+) -> Tensor:
+    """x int8 or float32 (M, K), packed codes (N, bytes), scale and zero_point float32 (N, G) -> float32 (M, N)."""
+    lib = library()
+    assert lib is not None
+    x, packed = x.contiguous(), packed.contiguous()
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    x_inv_scale = None if x_inv_scale is None else x_inv_scale.contiguous()
+    table = None if table is None else table.contiguous()
+    (m, k), n = x.shape, packed.shape[0]
+    out = torch.empty(m, n)
+    failed = lib.bitnet_affine_matmul(
+        x.data_ptr(), x.dtype == torch.float32, x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, bits,
+        scale.data_ptr(), zero_point.data_ptr(), _pointer(table), -(-k // scale.shape[1]), _pointer(x_inv_scale),
+        out.data_ptr(), torch.get_num_threads(), best_isa() if isa is None else isa,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("affine_matmul: no memory for a row of codes")
+    return out
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None) -> Tensor:
