@@ -1,4 +1,4 @@
-"""The ``bitnet`` command: fit, quantize, synthesize, pack, generate, evaluate, export, import, inspect, bench, prepare.
+"""The ``bitnet`` command and its subcommands (``bitnet --help`` lists them).
 
 Bad input is one line and exit code 2; ``--debug`` shows the traceback.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Any
 
-from bitnet.commands import exchange, look, measure, quantize, serve
+from bitnet.commands import compare, exchange, look, measure, quantize, serve
 from bitnet.commands.parser import OneLineArgumentParser, adder
 from bitnet.errors import UserError, did_you_mean
 
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("fit", help=fit.__doc__, add_help=False)
     command = adder(commands)
     quantize.add(command)
+    compare.add(command)
     serve.add(command)
     exchange.add(command)
     measure.add(command, commands)

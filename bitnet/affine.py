@@ -74,7 +74,13 @@ class Scheme:
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a tensor of ``shape``."""
-        return (*self.rows(torch.empty(shape, device="meta")).shape[:-1], 1)
+        if self.granularity == "tensor":
+            return (1, 1)
+        if self.granularity != "group":
+            return (*shape[:-1], 1)
+        if shape[-1] % self.group_size:
+            raise UserError(f"group_size = {self.group_size} does not divide a row of {shape[-1]} inputs.")
+        return (*shape[:-1], shape[-1] // self.group_size, 1)
 
 
 def minmax(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

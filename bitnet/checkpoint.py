@@ -114,7 +114,12 @@ def build(description: dict[str, Any]) -> tuple[ModelConfig, Recipe]:
     kind = RECIPES[name]
     for key, value in options.items():
         options[key] = tuple(value) if isinstance(value, list) else value
-    return config, kind(**options)
+    try:
+        return config, kind(**options)
+    except TypeError as error:
+        raise UserError(
+            f"the checkpoint's recipe {name} has settings that this version does not know ({error})."
+        ) from error
 
 
 FREE_TO_CHANGE = ("dropout", "init_std", "max_seq_len")

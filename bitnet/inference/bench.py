@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _next_token(logits: Tensor) -> Tensor:
     return token
 
 
-def _prefill_speed(model: PackedTransformer, ids: Tensor) -> float:
+def _prefill_speed(model: Transformer, ids: Tensor) -> float:
     """Tokens per second of a prompt into an empty cache."""
     cache = model.new_cache(1, ids.shape[1])
     start = time.perf_counter()
@@ -89,7 +90,7 @@ def _prefill_speed(model: PackedTransformer, ids: Tensor) -> float:
     return ids.shape[1] / (time.perf_counter() - start)
 
 
-def _decode_speed(model: PackedTransformer, ids: Tensor, tokens: int) -> float:
+def _decode_speed(model: Transformer, ids: Tensor, tokens: int) -> float:
     """Tokens per second, one after another behind ``ids``."""
     cache = model.new_cache(1, ids.shape[1] + 1 + tokens)
     decode = decoder_of(model, cache)
@@ -111,9 +112,29 @@ def _measure(
     device: str,
 ) -> dict[str, float]:
     """Runs in a process of its own, which imports and loads before anything is timed."""
+
+    def load() -> Transformer:
+        return load_packed(source)[0] if isinstance(source, str) else random_packed(ModelConfig(**source), weight, head)
+
+    return serving_speed(load, threads=threads, tokens=tokens, prompt=prompt, depth=depth, device=device)
+
+
+def serving_speed(
+    load: Callable[[], Transformer],
+    *,
+    threads: int,
+    tokens: int,
+    prompt: int,
+    depth: int = 0,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Tokens per second of decoding and of a prompt, and memory in MB, of the model that ``load`` gives.
+
+    To be called in a fresh process: memory is that of the whole process.
+    """
     idle = _peak_mb()
     torch.set_num_threads(threads)
-    model = load_packed(source)[0] if isinstance(source, str) else random_packed(ModelConfig(**source), weight, head)
+    model = load()
     loaded = _peak_mb()
     model = model.to(device)
     ids = torch.randint(

@@ -45,6 +45,12 @@ class ActivationScheme:
         return (1 << self.bits - 1) - 1
 
 
+def filled(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor full of ``value``; on the meta device only a shape, since filling one there imports 150 MB of torch."""
+    made = torch.empty(shape, dtype=dtype)
+    return made if made.is_meta else made.fill_(value)
+
+
 def observed_range(x: Tensor, percentile: float = 1.0) -> Tensor:
     """Smallest and largest value of ``x``, (2,), or what lies inside the quantile ``percentile`` of its magnitudes."""
     low, high = torch.aminmax(x.detach().float())
@@ -68,7 +74,12 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.observing: Literal["average", "widest"] | None = None
-        self.register_buffer("limits", torch.zeros(2) if scheme.scale == "static" else None)
+        self.register_buffer("limits", filled((2,), 0.0) if scheme.scale == "static" else None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the integers are BitLinear's, which a kernel makes."""
+        return self.scheme.bits == 8 and self.scheme.scale == "token"
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:

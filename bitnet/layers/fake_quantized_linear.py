@@ -18,6 +18,7 @@ plain float layout: ``weight`` is ``W_hat`` of a frozen layer, beside ``scale`` 
 same integers again as ``round(W_hat / scale + zero_point)``.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -26,50 +27,26 @@ from torch.nn import functional as F
 
 from bitnet.affine import Scheme, dequantize_affine, fake_quantize_affine, fit, quantize_affine, stored_scale
 from bitnet.codebook import Codebook
-from bitnet.layers.activation_quantizer import ActivationQuantizer, ActivationScheme
-from bitnet.layers.bit_linear import integer_matmul
-from bitnet_kernels import FEW_TOKENS, MAX_AFFINE_K, affine_matmul, pack_codes, row_bytes, unpack_codes
+from bitnet.layers.activation_quantizer import ActivationQuantizer, ActivationScheme, filled
+from bitnet.layers.grouped_product import Served, grouped_product
+from bitnet_kernels import (
+    FEW_TOKENS,
+    MAX_AFFINE_K,
+    affine_matmul,
+    pack_codes,
+    rms_norm_quantize,
+    row_bytes,
+    unpack_codes,
+)
 
 State = Literal["latent", "learned", "frozen", "packed"]
 
-EXACT_CHUNK = 512
-"""Inputs for which float32 sums of integers below 256 times integers below 128 are exact."""
 
-
-def exact_sums(x_q: Tensor, w: Tensor) -> Tensor:
-    """``x_q @ w.T`` of integer-valued float32 (M, K) and (N, K): the exact sums, rounded once to float32 (M, N)."""
-    if x_q.shape[1] <= EXACT_CHUNK:
-        return integer_matmul(x_q, w)
-    total = torch.zeros(x_q.shape[0], w.shape[0], dtype=torch.int32, device=x_q.device)
-    for a, b in zip(x_q.split(EXACT_CHUNK, dim=1), w.split(EXACT_CHUNK, dim=1), strict=True):
-        total += integer_matmul(a, b).to(torch.int32)
-    return total.float()
-
-
-def grouped_product(x_q: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-    """x_q (M, K), w (N, K) integer-valued float32, scale (N or 1, G) -> float32 (M, N), by the formula above."""
-    size = -(-w.shape[1] // scale.shape[1])
-    parts = zip(x_q.split(size, dim=1), w.split(size, dim=1), scale.t(), strict=True)
-    y = torch.zeros(x_q.shape[0], w.shape[0], device=x_q.device)
-    for a, b, factor in parts:
-        y += exact_sums(a, b) * factor
-    return y
-
-
-class _Served(torch.autograd.Function):
-    """x (M, K), W_hat (N, K) and the served result (M, N) -> that result; backward as of ``x @ W_hat.T``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, w = ctx.saved_tensors
-        grad_x = grad @ w.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_w = (grad.t() @ x.to(grad.dtype)).to(w.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_w, None
+def _as_stored(values: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    if values.is_meta:
+        return nn.Parameter(torch.empty(values.shape, dtype=dtype, device="meta"), requires_grad=False)
+    stored = stored_scale(values.detach()) if dtype == torch.float16 else values.detach()
+    return nn.Parameter(stored.to(dtype), requires_grad=False)
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -110,18 +87,18 @@ class FakeQuantizedLinear(nn.Module):
         self.bias: nn.Parameter | None = None
         self.register_buffer("q", None, persistent=False)
         self.register_buffer("codes", None)
-        self._few: Tensor | None = None
-        self.register_buffer("outlier_at", torch.zeros(outliers, dtype=torch.int64) if outliers else None)
-        self.register_buffer("outlier_values", torch.zeros(outliers) if outliers else None)
+        self._for_kernel: tuple[Tensor, Tensor, Tensor] | None = None
+        self.register_buffer("outlier_at", filled((outliers,), 0, torch.int64) if outliers else None)
+        self.register_buffer("outlier_values", filled((outliers,), 0.0) if outliers else None)
         if state != "latent":
             shape = self._rows.scale_shape((out_features, in_features))
-            self.scale = nn.Parameter(torch.ones(shape), requires_grad=state == "learned")
+            self.scale = nn.Parameter(filled(shape, 1.0), requires_grad=state == "learned")
             if not self.symmetric:
-                self.zero_point = nn.Parameter(torch.zeros(shape), requires_grad=state == "learned")
+                self.zero_point = nn.Parameter(filled(shape, 0.0), requires_grad=state == "learned")
         if state == "frozen":
-            self.q = torch.zeros(out_features, in_features, dtype=self._codes_dtype)
+            self.q = filled((out_features, in_features), 0, self._codes_dtype)
         else:
-            self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+            self.weight = nn.Parameter(filled((out_features, in_features), 0.0))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, grid: Scheme | Codebook, state: State, **options: Any) -> Any:
@@ -159,6 +136,7 @@ class FakeQuantizedLinear(nn.Module):
     def set_grid(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Give ``scale`` and ``zero_point`` new values."""
         assert self.scale is not None
+        self._for_kernel = None
         self.scale.data = scale.detach().clone()
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.data = zero_point.detach().clone()
@@ -167,7 +145,7 @@ class FakeQuantizedLinear(nn.Module):
     def set_codes(self, q: Tensor) -> None:
         """Give a frozen layer its integers, (N, K) in any dtype."""
         assert self.state == "frozen"
-        self.q, self._few = q.to(self._codes_dtype), None
+        self.q, self._for_kernel = q.to(self._codes_dtype), None
 
     @torch.no_grad()
     def quantize_from(self, w: Tensor) -> None:
@@ -216,35 +194,34 @@ class FakeQuantizedLinear(nn.Module):
         q = unpack_codes(self.codes, self.grid.bits, self.in_features)
         return (q.to(torch.int16) + self._lowest).to(self._codes_dtype)
 
+    @property
+    def _is_skeleton(self) -> bool:
+        """Whether the layer has shapes only, to be filled from a file."""
+        return any(t is not None and t.is_meta for t in (self.weight, self.q, self.codes))
+
     @torch.no_grad()
     def pack(self) -> None:
         """Keep the integers as ``codes`` of ``grid.bits`` bits, and scales and zero points as they are stored."""
         self.freeze()
-        assert self.q is not None and self.scale is not None
-        q, scale, zero_point = self.parts()
-        if q.is_meta:
-            self.codes = torch.empty(
-                q.shape[0], row_bytes(q.shape[1], self.grid.bits), dtype=torch.uint8, device="meta"
-            )
+        assert self.scale is not None
+        N, bytes_of_row = self.out_features, row_bytes(self.in_features, self.grid.bits)
+        if self._is_skeleton:
+            self.codes = torch.empty(N, bytes_of_row, dtype=torch.uint8, device="meta")
         else:
             self.codes = self._packed_codes()
-        self.state, self.q, self._few = "packed", None, None
-        self.scale = nn.Parameter(scale.to(torch.float16), requires_grad=False)
+        self.state, self.q, self._for_kernel = "packed", None, None
+        self.scale = _as_stored(self.scale, torch.float16)
         if self.zero_point is not None:
-            stored = torch.float32 if self.merges_adapter else torch.uint8
-            self.zero_point = nn.Parameter(zero_point.to(stored), requires_grad=False)
+            self.zero_point = _as_stored(self.zero_point, torch.float32 if self.merges_adapter else torch.uint8)
 
     merges_adapter = False
     """Whether the zero points are floating point in the end."""
 
     def _packed_codes(self) -> Tensor:
-        """Packed codes of a frozen or packed layer; kept until its integers change."""
         if self.codes is not None:
             return self.codes
-        if self._few is None or self._few.device != self._integers().device:
-            codes = (self._integers().to(torch.int16) - self._lowest).to(torch.uint8)
-            self._few = pack_codes(codes, self.grid.bits)
-        return self._few
+        codes = (self._integers().to(torch.int16) - self._lowest).to(torch.uint8)
+        return pack_codes(codes, self.grid.bits)
 
     def _grid_now(self) -> tuple[Tensor, Tensor]:
         assert self.weight is not None and isinstance(self.grid, Scheme)
@@ -271,13 +248,19 @@ class FakeQuantizedLinear(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Turn the weight into integers for good; they are those that ``dense`` used."""
-        if self.state in ("frozen", "packed"):
-            return
-        q, scale, zero_point = (t.detach().clone() for t in self.parts())
-        self.state, self.weight = "frozen", None
-        self.set_codes(q)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.zero_point = None if self.symmetric else nn.Parameter(zero_point, requires_grad=False)
+        if self.state not in ("frozen", "packed"):
+            if self._is_skeleton:
+                shape = self._rows.scale_shape((self.out_features, self.in_features))
+                with torch.device("meta"):
+                    q = torch.empty(self.out_features, self.in_features)
+                    scale = zero_point = torch.empty(shape)
+            else:
+                q, scale, zero_point = (t.detach().clone() for t in self.parts())
+            self.state, self.weight = "frozen", None
+            self.set_codes(q)
+            self.scale = nn.Parameter(scale)
+            self.zero_point = None if self.symmetric else nn.Parameter(zero_point)
+        self.requires_grad_(False)
 
     # ---- forward
 
@@ -301,21 +284,35 @@ class FakeQuantizedLinear(nn.Module):
         )
         return few and self.state in ("frozen", "packed") and self.outlier_at is None
 
-    def _kernel(self, x: Tensor, inv_scale: Tensor | None) -> Tensor:
-        """``affine_matmul`` of x (M, K)."""
+    def _kernel_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed codes, scale and zero point (N, G) as the kernel reads them; kept where nothing can change them."""
+        if self._for_kernel is not None:
+            return self._for_kernel
         scale, zero_point = self._stored_grid()
         shape = (self.out_features, scale[0].numel())
-        listed = isinstance(self.grid, Codebook)
+        lifted = (zero_point - self._lowest).flatten(1).expand(shape).contiguous()
+        parts = self._packed_codes(), scale.flatten(1).expand(shape).contiguous(), lifted
+        if self.scale is not None and not self.scale.requires_grad:
+            self._for_kernel = parts
+        return parts
+
+    def _kernel(self, x: Tensor, inv_scale: Tensor | None) -> Tensor:
+        """``affine_matmul`` of x (M, K)."""
+        codes, scale, zero_point = self._kernel_parts()
         return affine_matmul(
             x,
-            self._packed_codes(),
+            codes,
             self.grid.bits,
             k=self.in_features,
-            scale=scale.flatten(1).expand(shape),
-            zero_point=(zero_point - self._lowest).flatten(1).expand(shape),
+            scale=scale,
+            zero_point=zero_point,
             x_inv_scale=inv_scale,
-            table=self.grid.levels(x.device) if listed else None,  # type: ignore[union-attr]
+            table=self.grid.levels(x.device) if isinstance(self.grid, Codebook) else None,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantizedLinear":
+        self._for_kernel = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def _float_forward(self, x: Tensor) -> Tensor:
         if self._reads_codes(x) and x.dtype == torch.float32:
@@ -327,6 +324,9 @@ class FakeQuantizedLinear(nn.Module):
         if self.outlier_threshold is not None:
             columns = (x.detach().abs() > self.outlier_threshold).any(dim=0)
             whole, x = x, x.masked_fill(columns, 0.0)
+        if self._reads_codes(x) and columns is None and act.is_plain and not self.merges_adapter:
+            q8, inv_scale, _ = rms_norm_quantize(x, None)
+            return self._kernel(q8, inv_scale).to(x.dtype)
         x_q, inv_scale = act.quantize(x)
         if self._reads_codes(x) and not self.merges_adapter:
             y = self._kernel(x_q.to(torch.int8), inv_scale).to(x.dtype)
@@ -336,7 +336,7 @@ class FakeQuantizedLinear(nn.Module):
                 centered = (self._rows.rows(q).float() - zero_point).view(self.out_features, self.in_features)
                 y = (grouped_product(x_q, centered, scale.flatten(1)) / inv_scale).to(x.dtype)
         if torch.is_grad_enabled():
-            y = _Served.apply(act.fake_quantize(x, x_q, inv_scale), self.dense(), y)  # type: ignore[no-untyped-call]
+            y = Served.apply(act.fake_quantize(x, x_q, inv_scale), self.dense(), y)  # type: ignore[no-untyped-call]
         if columns is not None and bool(columns.any()):
             y = y + F.linear(whole[:, columns], self.dense()[:, columns])
         return y

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.affine import Scheme, stored_scale
+from bitnet.layers.activation_quantizer import filled
 from bitnet.layers.fake_quantized_linear import FakeQuantizedLinear
 
 
@@ -35,8 +36,8 @@ class LoRALinear(FakeQuantizedLinear):
         if pooled:
             assert isinstance(self.grid, Scheme) and self.grid.granularity == "group" and not self.grid.symmetric
             inputs = in_features // self.grid.group_size
-        self.lora_a: nn.Parameter | None = nn.Parameter(torch.zeros(rank, inputs))
-        self.lora_b: nn.Parameter | None = nn.Parameter(torch.zeros(out_features, rank))
+        self.lora_a: nn.Parameter | None = nn.Parameter(filled((rank, inputs), 0.0))
+        self.lora_b: nn.Parameter | None = nn.Parameter(filled((out_features, rank), 0.0))
         if not self.lora_a.is_meta:
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
@@ -58,6 +59,9 @@ class LoRALinear(FakeQuantizedLinear):
         """Take a pooled adapter into the zero points, which become floating point; the function stays the same."""
         assert self.pooled and self.zero_point is not None and self.scale is not None
         if self.lora_a is None or self.lora_b is None:
+            return
+        if self._is_skeleton:
+            self.lora_a = self.lora_b = None
             return
         change = self.scaling * (self.lora_b @ self.lora_a)
         self.zero_point.data = self.zero_point - change.unsqueeze(-1) / stored_scale(self.scale)

@@ -78,6 +78,7 @@ class BlockTraining(PostTraining):
             quantized, exact = chain.run(block, quantized), targets
             progress("training blocks", number + 1, len(chain.blocks))
         self.found["block_errors"] = errors
+        self.found["block_tokens"] = self.block_steps * max(batch.numel() for batch in chain.batches)
         return names
 
     def training_state(self) -> State:

@@ -169,3 +169,4 @@ class QALoRA(GPTQ):
         for layer in quantized_layers(model).values():
             assert isinstance(layer, LoRALinear)
             layer.merge()
+            layer.requires_grad_(False)

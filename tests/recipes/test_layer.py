@@ -10,7 +10,7 @@ from bitnet.affine import Scheme, dequantize_affine, fit, quantize_affine
 from bitnet.codebook import Codebook, DoubleQuantized, normal_float
 from bitnet.layers import ActivationScheme, FakeQuantizedLinear
 from bitnet.layers.activation_quantizer import ActivationQuantizer, observed_range
-from bitnet.layers.fake_quantized_linear import exact_sums
+from bitnet.layers.grouped_product import exact_sums
 
 GRIDS = [
     Scheme(bits=8, granularity="tensor"),
