@@ -18,7 +18,8 @@ from bitnet.estimate import (
     training_memory,
 )
 from bitnet.inference.header import FORMAT_VERSION, read_header
-from bitnet.layers import level_shares, low_bit_layers
+from bitnet.inference.packing import pack
+from bitnet.layers import FakeQuantizedLinear, level_shares, low_bit_layers, quantized_layers
 
 SHOWN_FIELDS = (
     "vocab_size",
@@ -106,6 +107,13 @@ def inspect_run(path: Path) -> None:
         "recipe": ", ".join(f"{key} = {value}" for key, value in recipe.items()),
         "bits per parameter": f"{bits_per_parameter(model.config, weight):.2f} packed",
     }
+    if on_grid := quantized_layers(model):
+        packed = pack(model, head="float16")
+        stored = [*packed.parameters(), *packed.buffers()]
+        facts["bits per parameter"] = f"{8 * sum(t.nbytes for t in stored) / counts.total:.2f} packed, all counted"
+        _print_facts(str(path), facts)
+        _print_grids(on_grid)
+        return
     _print_facts(str(path), {**facts, **_export_facts(model.config)})
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("layer", "shape", "-1", "0", "+1", "1 / inv_scale"):
@@ -118,22 +126,42 @@ def inspect_run(path: Path) -> None:
         Console(highlight=False, width=110).print(table)
 
 
+def _print_grids(layers: dict[str, FakeQuantizedLinear]) -> None:
+    """The linears of a post-training recipe, one line each."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("layer", "shape", "bits", "scales", "zero points", "values used", "activations"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for name, layer in layers.items():
+        q, scale, _ = layer.parts()
+        act = "float" if layer.act is None else f"{layer.act.scheme.bits} bits, {layer.act.scheme.scale}"
+        zero = "no" if layer.symmetric else "yes"
+        shape = f"{q.shape[0]} x {q.shape[1]}"
+        table.add_row(name, shape, str(layer.grid.bits), f"{scale.numel():,}", zero, str(len(q.unique())), act)
+    Console(highlight=False, width=110).print(table)
+
+
 def print_packed(path: Path) -> None:
     """Print what a packed model file holds, from its header alone."""
     packed = read_header(path)
     counts = count_parameters(packed.config)
     by_format: dict[str, int] = {}
     sizes: dict[str, int] = {}
+    codes = 0
     for name, entry in packed.tensors.items():
         role = "scales and norms"
         if name.endswith(".packed"):
             form = packed.forms[name.removesuffix(".packed")][0]
             by_format[form] = by_format.get(form, 0) + 1
             role = f"packed weights ({form})"
+        elif name.endswith(".codes"):
+            codes += 1
+            role = f"packed weights ({packed.recipe.get('bits')}-bit codes)"
         elif name.startswith(("tok_embeddings", "lm_head")):
             role = f"embedding and head ({packed.head}, {'tied' if packed.config.tie_embeddings else 'untied'})"
         sizes[role] = sizes.get(role, 0) + entry.nbytes
-    act_bits = sorted({str(bits) for _, bits in packed.forms.values()})
+    acts = {str(bits) for _, bits in packed.forms.values()}
+    if codes:
+        acts.add(str(packed.recipe.get("activation_bits", "none")))
     facts = {
         "format": f"packed model, version {FORMAT_VERSION}",
         "file": _size(packed.size),
@@ -141,7 +169,7 @@ def print_packed(path: Path) -> None:
         "  header and tokenizer": _size(packed.data_start),
         "parameters": f"{counts.total:,} ({counts.linear:,} in the linears of the blocks)",
         "bits per parameter": f"{8 * packed.size / counts.total:.2f} of the whole file",
-        "layers": f"{len(packed.forms)} packed, activations of {', '.join(act_bits)} bits",
+        "layers": f"{len(packed.forms) + codes} packed, activation bits: {', '.join(sorted(acts))}",
         "recipe": ", ".join(f"{key} = {value}" for key, value in packed.recipe.items()) or "unknown",
         "config": ", ".join(f"{k} = {v}" for k, v in dataclasses.asdict(packed.config).items() if k in SHOWN_FIELDS),
     }

@@ -12,7 +12,7 @@ from bitnet.option_checks import check_folder, whole_number
 
 def export(args: argparse.Namespace) -> None:
     """Write a model for another program, and prove it by asking that program."""
-    from bitnet.interchange.exporting import export_gguf, export_hf
+    from bitnet.interchange.exporting import export_gguf, export_hf, export_peft
     from bitnet.interchange.opened import open_model
 
     out = Path(args.out)
@@ -26,6 +26,9 @@ def export(args: argparse.Namespace) -> None:
         if out.suffix != ".gguf":
             raise UserError(f"--out {out}: the name must end in .gguf.")
         export_gguf(open_model(args.path), out, kind=args.type or "tq2_0", check_tokens=args.check_tokens)
+        return
+    if args.format == "peft":
+        export_peft(open_model(args.path), out, check_tokens=args.check_tokens)
         return
     export_hf(
         open_model(args.path),
@@ -56,14 +59,14 @@ def import_(args: argparse.Namespace) -> None:
 def add(command: AddCommand) -> None:
     p = command("export", export)
     p.add_argument("path", help=MODEL_HELP)
-    p.add_argument("--format", required=True, choices=("hf", "gguf"))
-    p.add_argument("--out", required=True, help="folder (hf) or file NAME.gguf to write")
+    p.add_argument("--format", required=True, choices=("hf", "gguf", "peft"))
+    p.add_argument("--out", required=True, help="folder (hf, peft) or file NAME.gguf to write")
     p.add_argument("--type", choices=("tq2_0", "tq1_0", "q2_0", "i2_s", "f32", "f16"), help="gguf: default tq2_0")
     p.add_argument(
         "--form",
-        choices=("bitlinear", "autobitlinear", "online", "dense"),
+        choices=("bitlinear", "autobitlinear", "online", "dense", "compressed-tensors"),
         help="hf: bitlinear (packed, equal bit for bit; the default), autobitlinear (packed, decodes faster there), "
-        "online (latent weights), dense (no quantization)",
+        "online (latent weights), dense (no quantization), compressed-tensors (of post-training recipes)",
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="hf: dtype of all floats (default float32)")
     p.add_argument("--push", metavar="USER/NAME", help="hf: upload the folder when it has passed its check")

@@ -72,8 +72,16 @@ BLOCK_ACTIVATIONS = Bound(kl=1e-3, argmax=0.9)
 """int8 activations with a scale for every block of a row: llama.cpp's ternary products."""
 
 
-def bound_of_hf(form: str, dtype: str) -> Bound:
+SAME_WEIGHTS = Bound(difference=1e-4)
+"""The same float32 graph, its sums in another order."""
+OTHER_ACTIVATIONS = Bound(kl=1e-2, argmax=0.9)
+"""8-bit activations whose scale is max|x| / 127.5 instead of 127: roundings fall elsewhere."""
+
+
+def bound_of_hf(form: str, dtype: str, integer_activations: bool = False) -> Bound:
     """What a Hugging Face folder must meet."""
+    if form == "compressed-tensors" and dtype == "float32":
+        return OTHER_ACTIVATIONS if integer_activations else SAME_WEIGHTS
     if dtype != "float32":
         return Bound(kl=ROUNDED.kl, argmax=ROUNDED.argmax, float_activations=form == "dense")
     return {"bitlinear": EXACT, "dense": SAME_GRAPH}.get(form, LAST_BITS)
@@ -215,12 +223,18 @@ def _not_done(bound: Bound, why: str) -> Report:
     return Report(program="", comparison=None, bound=bound, problems=[], why_not=why)
 
 
-def check_hf(opened: Opened, folder: Path, bound: Bound, tokens: int) -> Report:
-    """Compare a Hugging Face folder, as transformers computes it, with ``opened``."""
+def check_hf(opened: Opened, folder: Path, bound: Bound, tokens: int, needs: tuple[str, ...] = ()) -> Report:
+    """Compare a Hugging Face folder, as transformers computes it with the packages it ``needs``, with ``opened``."""
     if not tokens:
         return _not_done(bound, "--check_tokens 0")
     if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
         return _not_done(bound, "transformers and accelerate are not installed (pip install 'bitnet-lightning[hf]')")
+
+    for package in needs:
+        if importlib.util.find_spec(package) is None:
+            return _not_done(
+                bound, f"{package.replace('_', '-')} is not installed (pip install 'bitnet-lightning[hf]')"
+            )
 
     def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
         request = {"ids": ids, "texts": TEXTS, "threads": torch.get_num_threads()}

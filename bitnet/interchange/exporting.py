@@ -8,10 +8,20 @@ from pathlib import Path
 
 from bitnet.errors import UserError
 from bitnet.interchange.card import write_card
-from bitnet.interchange.check import Report, bound_of_gguf, bound_of_hf, check_gguf, check_gguf_in_ik, check_hf
+from bitnet.interchange.check import (
+    SAME_WEIGHTS,
+    Report,
+    bound_of_gguf,
+    bound_of_hf,
+    check_gguf,
+    check_gguf_in_ik,
+    check_hf,
+)
 from bitnet.interchange.gguf_export import architecture, check_type, write_gguf
 from bitnet.interchange.hf_export import Form, check_form, write_hf
 from bitnet.interchange.opened import Opened
+from bitnet.interchange.peft_export import adapters, write_peft
+from bitnet.layers import quantized_layers
 
 
 @contextmanager
@@ -59,9 +69,22 @@ def export_hf(opened: Opened, out: Path, *, name: str, source: Path, form: Form,
             eos_id=opened.eos_id,
             chat_template=opened.chat_template,
         )
-        report = check_hf(opened, folder, bound_of_hf(form, dtype), check_tokens)
+        integers = any(layer.act is not None for layer in quantized_layers(opened.model).values())
+        needs = ("compressed_tensors",) if form == "compressed-tensors" else ()
+        report = check_hf(opened, folder, bound_of_hf(form, dtype, integers), check_tokens, needs)
         write_card(folder, opened, name=name, source=source, form=form, dtype=dtype, report=report)
         print(f"{out}: {_size(folder)}, form {form}, {dtype}")
+        announce(report, out)
+
+
+def export_peft(opened: Opened, out: Path, *, check_tokens: int) -> None:
+    """Write adapters and their base. Raises ``UserError`` for a model without adapters, or one that fails its check."""
+    adapters(opened.model)
+    with named_when_proven(out) as folder:
+        folder.mkdir()
+        write_peft(folder, opened, base_name=f"{out.name}/base")
+        report = check_hf(opened, folder, SAME_WEIGHTS, check_tokens, ("peft",))
+        print(f"{out}: adapters of {len(adapters(opened.model))} linears; their base is in {out}/base")
         announce(report, out)
 
 

@@ -9,6 +9,8 @@ bitlinear      uint8, four trits a byte    int8 activations x trits, divided onc
 autobitlinear  the same, unpacked on load  activations dequantized before the product     last bits: KL < 1e-4
 online         latent float                as autobitlinear; trainable                    last bits: KL < 1e-4
 dense          levels / inv_scale, float   no activation quantization; plain linears      equals ours without it
+compressed-    integers of 2 to 8 bits     of post-training recipes, with or without      weights equal (see
+tensors        in int32 words, or int8     integer activations                            integer_layout.py)
 ============== =========================== ============================================== ==========================
 
 A model with sub-norms is a ``BitNetForCausalLM``, one without is a ``LlamaForCausalLM``; both take silu and relu2.
@@ -25,12 +27,14 @@ from torch import Tensor
 from bitnet.config import ModelConfig
 from bitnet.data.tokenizer import first_id
 from bitnet.errors import UserError
+from bitnet.interchange import integer_layout
 from bitnet.interchange.names import HUGGING_FACE
 from bitnet.interchange.parts import Matrix, forms, matrices, tables, vectors
+from bitnet.layers import quantized_layers
 from bitnet.model import Transformer
 from bitnet.tensor_file import layout, write
 
-Form = Literal["bitlinear", "autobitlinear", "online", "dense"]
+Form = Literal["bitlinear", "autobitlinear", "online", "dense", "compressed-tensors"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRITS = 4
 """Trits of a byte."""
@@ -54,6 +58,13 @@ def check_form(model: Transformer, form: Form, dtype: str) -> Form:
     """The form to write: ``dense`` for a float model, else ``form``. Raises ``UserError`` where it cannot hold it."""
     if form == "dense":
         return form
+    if form == "compressed-tensors":
+        integer_layout.check(model)
+        return form
+    if quantized_layers(model):
+        raise UserError(
+            f"--form {form}: this model is of a post-training recipe; use --form compressed-tensors or dense."
+        )
     weight, act_bits = forms(model)
     if weight == "none" and act_bits == "none":
         return "dense"
@@ -93,8 +104,12 @@ def _tensors_of(matrix: Matrix, form: Form, dtype: torch.dtype) -> dict[str, Ten
 def hf_tensors(model: Transformer, form: Form, dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything that goes into model.safetensors."""
     tensors: dict[str, Tensor] = {}
-    for matrix in matrices(model):
-        tensors |= _tensors_of(matrix, form, dtype)
+    if form == "compressed-tensors":
+        for name, layer in quantized_layers(model).items():
+            tensors |= integer_layout.tensors_of(name, layer)
+    else:
+        for matrix in matrices(model):
+            tensors |= _tensors_of(matrix, form, dtype)
     for source in (vectors(model), tables(model).items()):
         tensors |= {f"{HUGGING_FACE.theirs(name)}.weight": tensor.to(dtype) for name, tensor in source}
     return tensors
@@ -132,7 +147,7 @@ def hf_config(config: ModelConfig, form: Form, dtype: str, eos_id: int, bos_id: 
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if form != "dense":
+    if form not in ("dense", "compressed-tensors"):
         content["quantization_config"] = {
             "quant_method": "bitnet",
             "linear_class": "bitlinear" if form == "bitlinear" else "autobitlinear",
@@ -169,8 +184,11 @@ def write_hf(
     bos_id = eos_id if begins is None else begins
     header, order = layout(tensors := hf_tensors(model, form, DTYPES[dtype]), {"format": "pt"})
     write(folder / "model.safetensors", header, (tensors[name] for name in order))
+    config = hf_config(model.config, form, dtype, eos_id, bos_id)
+    if form == "compressed-tensors":
+        config["quantization_config"] = integer_layout.quantization_config(model)
     files = {
-        "config.json": hf_config(model.config, form, dtype, eos_id, bos_id),
+        "config.json": config,
         "generation_config.json": {
             "bos_token_id": bos_id,
             "eos_token_id": eos_id,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitnet.errors import UserError
 from bitnet.inference.packed_linear import PackedLinear, StoredEmbedding, StoredHead
-from bitnet.layers import BitLinear
+from bitnet.layers import BitLinear, FakeQuantizedLinear, LoRALinear
 from bitnet.layers.bit_linear import ActBits
 from bitnet.model import RMSNorm, Transformer, without_memory
 
@@ -55,13 +55,16 @@ def _matrix(name: str, linear: nn.Module) -> Matrix:
     if isinstance(linear, BitLinear) and linear.weight_kind != "none":
         q, inv_scale = linear.quantized_weight()
         return Matrix(name=name, weight=linear.weight.detach(), levels=q, inv_scale=inv_scale.reshape(1))
+    if isinstance(linear, FakeQuantizedLinear):
+        w = linear.dense().detach()
+        return Matrix(name=name, weight=w + linear.adapter().detach() if isinstance(linear, LoRALinear) else w)
     assert isinstance(linear, nn.Linear)
     return Matrix(name=name, weight=linear.weight.detach())
 
 
 def matrices(model: Transformer) -> Iterator[Matrix]:
     """The linears of the blocks, one at a time."""
-    kinds = (PackedLinear, nn.Linear)
+    kinds = (PackedLinear, FakeQuantizedLinear, nn.Linear)
     for number, block in enumerate(model.layers):
         for name, module in block.named_modules():
             if isinstance(module, kinds):

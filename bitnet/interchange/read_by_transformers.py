@@ -1,4 +1,5 @@
-"""Run as a program: logits of a Hugging Face folder in transformers, which knows nothing of ours.
+"""Run as a program: logits of a Hugging Face folder in transformers (with an adapter, in peft), which knows nothing of
+ours.
 
     TORCHDYNAMO_DISABLE=1 python read_by_transformers.py FOLDER REQUEST.json OUT.npz
 
@@ -7,7 +8,9 @@ REQUEST holds ``ids`` (the tokens of each text), ``texts`` to tokenize and ``thr
 """
 
 import json
+import os
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +22,15 @@ def main(folder: str, request_file: str, out: str) -> None:
     with open(request_file, encoding="utf-8") as handle:
         request = json.load(handle)
     torch.set_num_threads(request["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    model.eval()  # type: ignore[no-untyped-call]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    has_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+    base = os.path.join(folder, "base") if has_adapter else folder
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
+    if has_adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    model.eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     with torch.inference_mode():
         logits = torch.cat([model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in request["ids"]])
     tokens = [tokenizer(text)["input_ids"] for text in request["texts"]]

@@ -42,8 +42,9 @@ class LoRALinear(FakeQuantizedLinear):
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def adapter(self) -> Tensor:
-        """What the adapter adds to ``W_hat``, float32 (N, K)."""
-        assert self.lora_a is not None and self.lora_b is not None
+        """What the adapter adds to ``W_hat``, float32 (N, K); 0 when it has been merged."""
+        if self.lora_a is None or self.lora_b is None:
+            return torch.zeros(())
         change = self.scaling * (self.lora_b @ self.lora_a)
         return change.repeat_interleave(self._rows.group_size, dim=1) if self.pooled else change
 

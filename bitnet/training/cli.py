@@ -144,6 +144,7 @@ class FitCLI(LightningCLI):
 
     def _adopt(self, parent: dict[str, Any]) -> None:
         """Take sizes and tokenizer from the model that the recipe starts from, so that nobody has to repeat them."""
+        self.model.check_is_float(parent, self.model.init_from)
         self.model.config, _ = build(parent)
         tokenizer = find_checkpoint(self.model.init_from).parent.parent / "tokenizer.json"
         if self.datamodule.tokenizer_path is None and tokenizer.is_file():

@@ -105,7 +105,7 @@ class LitBitNet(L.LightningModule):
         """Weights of another run; float and low-bit runs have the same keys."""
         content = checkpoint.read_checkpoint(path)
         self._check_fits(content["bitnet"], f"model.init_from = {path}")
-        self._check_parent(content["bitnet"], path)
+        self.check_is_float(content["bitnet"], path)
         checkpoint.load_state(model, checkpoint.model_state(content), f"model.init_from = {path}")
 
     def check_parent(self) -> None:
@@ -113,10 +113,12 @@ class LitBitNet(L.LightningModule):
         name = type(self.recipe).__name__
         if not self.recipe.trains:
             raise UserError(f"model.recipe = {name}: there is nothing to train; use 'bitnet quantize'.")
+        """Refuse a low-bit parent where the recipe needs a float one; ``path`` is for the message."""
         if self.recipe.needs_parent and not self.init_from:
             raise UserError(f"model.recipe = {name} starts from a trained float model: set model.init_from to its run.")
 
-    def _check_parent(self, description: dict[str, Any], path: str) -> None:
+    def check_is_float(self, description: dict[str, Any], path: str) -> None:
+        """Refuse a low-bit parent where the recipe needs a float one; ``path`` is for the message."""
         if self.recipe.needs_parent and not checkpoint.is_float(description):
             raise UserError(
                 f"model.init_from = {path}: a low-bit model ({description['recipe']['name']}); "

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from bitnet.estimate import count_parameters
-from bitnet.layers import level_shares, low_bit_layers
+from bitnet.layers import level_shares, low_bit_layers, quantized_layers
 
 Curve = list[tuple[int, float]]
 
@@ -105,9 +105,10 @@ class RunReport(Callback):
             f"sha256 {data['sha256'][0][:12]}, Python {data['python']}",
             f"run     {trainer.default_root_dir}",
         ]
-        obstacles = config.export_obstacles()
+        obstacles = {} if quantized_layers(pl_module.transformer) else config.export_obstacles()
         fits = [name for name, why in obstacles.items() if why is None]
-        lines.append(f"export  these sizes suit {'; '.join(fits) if fits else 'no format'}")
+        if obstacles:
+            lines.append(f"export  these sizes suit {'; '.join(fits) if fits else 'no format'}")
         lines += [f"        not {name}: {why}" for name, why in obstacles.items() if why]
         for line in lines:
             _print(trainer, line)
