@@ -6,10 +6,12 @@ import torch
 from bitnet.estimate import count_parameters, packed_bytes
 from bitnet.layers import BitLinear
 from bitnet.model import Transformer
+from bitnet.recipes import POST_TRAINING
 from bitnet.training.cli import parse_config
 from bitnet.training.shipped import shipped_configs
 
-PRESETS = sorted(name for name in shipped_configs() if not name.startswith("overlays/"))
+PRESETS = sorted(name for name in shipped_configs() if "/" not in name)
+POST_TRAINED = sorted(name for name in shipped_configs() if name.startswith("posttrain/"))
 OVERLAYS = sorted(name for name in shipped_configs() if name.startswith("overlays/"))
 
 
@@ -35,6 +37,23 @@ def test_preset_builds_and_its_parameters_are_as_estimated(name) -> None:
     assert len(swapped) == 7 * parsed.model.n_layers == len(linears)
     assert sum(m.weight.numel() for m in linears) == counts.linear
     assert {m.weight_kind for m in linears} == {name.partition("_")[0] if name != "tiny" else "ternary"}
+
+
+@pytest.mark.parametrize("name", POST_TRAINED)
+def test_posttrain_config_puts_every_linear_on_its_grid(name) -> None:
+    parsed = parse_config(["--config", name])
+    assert parsed.recipe.needs_parent and parsed.recipe.trains
+    with torch.device("meta"):
+        model = Transformer(parsed.model)
+    assert len(parsed.recipe.prepare(model)) == 7 * parsed.model.n_layers
+    # Whatever config stands before it, no value of another recipe is carried over.
+    after = parse_config(["--config", "tiny", "--config", name])
+    assert after.recipe == parsed.recipe
+
+
+def test_every_recipe_that_trains_has_a_config() -> None:
+    names = {type(parse_config(["--config", name]).recipe).__name__ for name in POST_TRAINED}
+    assert names == {kind.__name__ for kind in POST_TRAINING.values() if kind.trains} | {"Distilled"}
 
 
 @pytest.mark.parametrize(

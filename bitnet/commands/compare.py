@@ -18,9 +18,9 @@ def compare(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from bitnet.comparison.compare import compare as run
+    from bitnet.comparison.report import COLUMNS, cells, write_report
     from bitnet.data.corpora import Reading
-    from bitnet.evaluation.compare import compare as run
-    from bitnet.evaluation.report import COLUMNS, cells, write_report
     from bitnet.interchange.exporting import named_when_proven
     from bitnet.progress import PreparationProgress
 

@@ -45,8 +45,7 @@ State = Literal["latent", "learned", "frozen", "packed"]
 def _as_stored(values: Tensor, dtype: torch.dtype) -> nn.Parameter:
     if values.is_meta:
         return nn.Parameter(torch.empty(values.shape, dtype=dtype, device="meta"), requires_grad=False)
-    stored = stored_scale(values.detach()) if dtype == torch.float16 else values.detach()
-    return nn.Parameter(stored.to(dtype), requires_grad=False)
+    return nn.Parameter(values.detach().to(dtype), requires_grad=False)
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -54,7 +53,7 @@ class FakeQuantizedLinear(nn.Module):
 
     ``output`` quantizes what comes out per token: on wk and wv that is a quantized KV cache (before the rotation).
     ``outlier_threshold`` takes input columns with a magnitude above it in floating point (LLM.int8()).
-    ``outliers`` reserves room for that many weights kept in floating point (SpQR).
+    ``outliers`` reserves room for that many weights kept in 16-bit floating point (SpQR).
     """
 
     q: Tensor | None
@@ -88,7 +87,7 @@ class FakeQuantizedLinear(nn.Module):
         self.register_buffer("q", None, persistent=False)
         self.register_buffer("codes", None)
         self._for_kernel: tuple[Tensor, Tensor, Tensor] | None = None
-        self.register_buffer("outlier_at", filled((outliers,), 0, torch.int64) if outliers else None)
+        self.register_buffer("outlier_at", filled((outliers,), 0, torch.int32) if outliers else None)
         self.register_buffer("outlier_values", filled((outliers,), 0.0) if outliers else None)
         if state != "latent":
             shape = self._rows.scale_shape((out_features, in_features))
@@ -210,7 +209,9 @@ class FakeQuantizedLinear(nn.Module):
         else:
             self.codes = self._packed_codes()
         self.state, self.q, self._for_kernel = "packed", None, None
-        self.scale = _as_stored(self.scale, torch.float16)
+        self.scale = _as_stored(self.scale if self.scale.is_meta else stored_scale(self.scale), torch.float16)
+        if self.outlier_values is not None:
+            self.outlier_values = _as_stored(self.outlier_values, torch.float16).data
         if self.zero_point is not None:
             self.zero_point = _as_stored(self.zero_point, torch.float32 if self.merges_adapter else torch.uint8)
 
@@ -242,7 +243,7 @@ class FakeQuantizedLinear(nn.Module):
             assert self.weight is not None and isinstance(self.grid, Scheme)
             w = fake_quantize_affine(self.weight, *self._grid_now(), self.grid)
         if self.outlier_at is not None and self.outlier_values is not None:
-            w = w.flatten().index_copy(0, self.outlier_at, self.outlier_values).view_as(w)
+            w = w.flatten().index_copy(0, self.outlier_at.long(), self.outlier_values.float()).view_as(w)
         return w
 
     @torch.no_grad()

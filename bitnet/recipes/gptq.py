@@ -172,5 +172,5 @@ class SpQR(GPTQ):
 
         q, scale, zero_point, values = quantize_columns(w, factor, scheme, grid_of, keep)
         layer.set_grid(scale, zero_point)
-        layer.outlier_at, layer.outlier_values = at, values.flatten()[at]
+        layer.outlier_at, layer.outlier_values = at.to(torch.int32), values.flatten()[at].half().float()
         layer.set_codes(q)

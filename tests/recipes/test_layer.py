@@ -168,7 +168,10 @@ def test_outlier_columns_are_taken_in_float() -> None:
 
 def test_kept_weights_are_exact() -> None:
     layer = frozen(Scheme(bits=2, granularity="group", group_size=32), outliers=3)
-    layer.outlier_at, layer.outlier_values = torch.tensor([0, 200, 3071]), torch.tensor([9.0, -8.0, 7.0])
+    layer.outlier_at, layer.outlier_values = (
+        torch.tensor([0, 200, 3071], dtype=torch.int32),
+        torch.tensor([9.0, -8.0, 7.0]),
+    )
     w = layer.dense().flatten()
     assert w[[0, 200, 3071]].tolist() == [9.0, -8.0, 7.0]
     new = FakeQuantizedLinear(128, 24, grid=layer.grid, outliers=3)

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from bitnet.__main__ import main
 from bitnet.checkpoint import load_checkpoint
+from bitnet.comparison.compare import check_comparable, method_of, names_of
+from bitnet.comparison.cost import cost_of
+from bitnet.comparison.documents import Scores, read_documents, score_documents
+from bitnet.comparison.stored import read_all, store
 from bitnet.data.corpora import Reading
 from bitnet.data.tokenizer import find_eos, train_tokenizer
 from bitnet.errors import UserError
 from bitnet.estimate import count_parameters, flops_per_token
-from bitnet.evaluation.compare import check_comparable, method_of, names_of
-from bitnet.evaluation.cost import cost_of
-from bitnet.evaluation.documents import Scores, read_documents, score_documents
-from bitnet.evaluation.stored import read_all, store
 from bitnet.interchange.opened import Opened
 from tests.commands.test_quantize import FLOAT
 from tests.interchange.conftest import opened_model

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from bitnet.comparison.cost import Cost, cost_of
+from bitnet.comparison.documents import Document, Scores, read_documents, score_documents
+from bitnet.comparison.stored import Stored, measure_speed, store
 from bitnet.data.corpora import Reading
 from bitnet.errors import UserError
 from bitnet.estimate import count_parameters
-from bitnet.evaluation.cost import Cost, cost_of
-from bitnet.evaluation.documents import Document, Scores, read_documents, score_documents
-from bitnet.evaluation.stored import Stored, measure_speed, store
 from bitnet.interchange.opened import Opened, open_model
 from bitnet_kernels.bench import describe_device
 

@@ -5,8 +5,8 @@ import html
 import json
 from pathlib import Path
 
-from bitnet.evaluation.compare import Comparison, Row
-from bitnet.evaluation.cost import Cost
+from bitnet.comparison.compare import Comparison, Row
+from bitnet.comparison.cost import Cost
 
 COLUMNS = (
     "model", "method", "bits / parameter", "file", "bits / byte", "95 % interval", "against the first", "perplexity",

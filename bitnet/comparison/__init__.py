@@ -1,0 +1,1 @@
+"""``bitnet compare``: models side by side, with the same accounts for all."""
