@@ -39,8 +39,8 @@ ROWS: dict[str, list[str]] = {
     "SpQR 3 bits": ["spqr", "--bits", "3"],
     **{
         f"EfficientQAT {bits} bits, groups of 64 (Block-AP)": [
-            "efficient_qat", "--bits", str(bits), "--group_size", "64", "--block_steps", "48", "--block_lr", "1e-4",
-            "--block_grid_lr", "5e-4",
+            "efficient_qat", "--bits", str(bits), "--group_size", "64", "--block_steps", "16", "--block_lr", "2e-4",
+            "--block_grid_lr", "1e-3", "--batch_size", "2",
         ]
         for bits in (2, 3, 4)
     },

@@ -26,8 +26,8 @@ ONLY_BY_TRAINING = ("qat", "llm_qat", "peqa", "qlora", "qa_lora")
 """Recipes that are nothing but rounding to nearest before ``fit`` has trained them."""
 
 
-def recipe_of(name: str, options: list[str]) -> PostTraining:
-    """The recipe called ``name`` with ``--field value`` options. Raises ``UserError`` for an unknown or wrong one."""
+def _recipe_parser(name: str) -> Any:
+    """A parser whose options are the fields of the recipe called ``name``."""
     import jsonargparse
 
     from bitnet.parse_errors import explain
@@ -41,8 +41,23 @@ def recipe_of(name: str, options: list[str]) -> PostTraining:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(allow_abbrev=False, add_help=False)
     parser.add_class_arguments(POST_TRAINING[name], as_group=False)
+    return parser
+
+
+def recipe_of(name: str, options: list[str]) -> PostTraining:
+    """The recipe called ``name`` with ``--field value`` options. Raises ``UserError`` for an unknown or wrong one."""
+    from bitnet.recipes import POST_TRAINING
+
     kind: type[PostTraining] = POST_TRAINING[name]
-    return kind(**parser.parse_args(options).as_dict())
+    return kind(**_recipe_parser(name).parse_args(options).as_dict())
+
+
+class ShowOptions(argparse.Action):
+    """``--options RECIPE``: print the options of a recipe, and stop."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        print(_recipe_parser(values).format_help().partition("options:")[2].strip("\n") or "no options")
+        parser.exit()
 
 
 def _calibration(args: argparse.Namespace, opened: Opened, recipe: PostTraining) -> list[Tensor]:
@@ -151,6 +166,9 @@ def add(command: AddCommand) -> None:
     p = command("quantize", quantize)
     p.add_argument("path", help=f"float model: {MODEL_HELP}")
     p.add_argument("--recipe", required=True, choices=RECIPE_NAMES)
+    p.add_argument(
+        "--options", action=ShowOptions, choices=RECIPE_NAMES, help="print the options of a recipe, and stop"
+    )
     p.add_argument("--out", required=True, help="run folder to make")
     p.add_argument("--calibration", metavar="TEXT", help="text for recipes that look at activations")
     p.add_argument("--calibration_rows", type=int, default=128, help="pieces of it that are used")

@@ -40,8 +40,8 @@ class BlockTraining(PostTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_steps < 0:
-            raise UserError(f"block_steps = {self.block_steps}: must be 0 or more.")
+        if self.block_steps < 0 or min(self.block_lr, self.block_grid_lr) <= 0:
+            raise UserError("block_steps must be 0 or more, block_lr and block_grid_lr positive.")
 
     quantized_inputs: ClassVar[bool] = True
     """Whether a block learns from what the quantized blocks before it give."""

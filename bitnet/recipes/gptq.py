@@ -88,6 +88,11 @@ class GPTQ(PostTraining):
     damping: float = 0.01
     """Share of the mean diagonal that is added to the Hessian."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping <= 0:
+            raise UserError(f"damping = {self.damping}: must be positive, or a dead input stops the factorization.")
+
     def prepare(self, model: nn.Module, batches: Iterable[Tensor] = (), progress: Progress = no_progress) -> list[str]:
         batches = list(batches)
         if not batches:
@@ -145,8 +150,8 @@ class SpQR(GPTQ):
         super().__post_init__()
         if not 0.0 < self.outliers <= 0.5:
             raise UserError(f"outliers = {self.outliers}: must be above 0 and at most 0.5.")
-        if not self.group_size:
-            raise UserError("group_size = 0: SpQR needs groups of inputs.")
+        if not self.group_size or not 1 <= self.scale_bits <= 8 or self.scale_group < 1:
+            raise UserError("SpQR needs groups of inputs, scale_bits from 1 to 8 and a positive scale_group.")
 
     def options(self, name: str, linear: nn.Linear) -> dict[str, Any]:
         count = max(1, round(self.outliers * linear.in_features * linear.out_features))
