@@ -29,6 +29,8 @@ ROWS: dict[str, list[str]] = {
     SEARCHED: ["smoothquant", "--alpha", "auto", "--level", "o2"],
     "SmoothQuant O1": ["smoothquant", "--alpha", "FOUND", "--level", "o1"],
     "SmoothQuant O3": ["smoothquant", "--alpha", "FOUND", "--level", "o3"],
+    "SmoothQuant O2, w2 too": ["smoothquant", "--alpha", "FOUND", "--level", "o2", "--matrices", "true"],
+    "SmoothQuant O3, w2 too": ["smoothquant", "--alpha", "FOUND", "--level", "o3", "--matrices", "true"],
     "SmoothQuant, channel and token": ["smoothquant", "--alpha", "FOUND", "--weight_scale", "channel"],
     "LLM.int8()": ["llm_int8"],
     **{

@@ -4,7 +4,8 @@ r"""SmoothQuant (arXiv 2211.10438): 8-bit weights and activations after outliers
 
 Norms are divided by ``s`` and the matrices behind them multiplied (see ``smoothing.py``); then weights take one scale a
 matrix and activations one a token (O1), one a call (O2), or one fixed by calibration (O3). What wo and w2 read is
-quantized but, as in the paper, not smoothed, unless a sub-norm lies before them.
+quantized but, as in the paper, not smoothed, unless a sub-norm lies before them; ``matrices`` smooths it too,
+through wv and w3.
 """
 
 import copy
@@ -38,9 +39,9 @@ def smoothing_factors(activations: Tensor, weights: Tensor, alpha: float) -> Ten
 
 
 @torch.no_grad()
-def smooth_block(chain: Chain, block: Block, hidden: Hidden, alpha: float) -> None:
+def smooth_block(chain: Chain, block: Block, hidden: Hidden, alpha: float, matrices: bool = False) -> None:
     """Fold ``s`` into every norm of ``block`` and the linears behind it; ``hidden`` is what the block reads."""
-    found = list(pairs(block))
+    found = list(reversed(list(pairs(block, matrices))))  # folds between matrices change rows that others look at
     largest: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -75,6 +76,8 @@ class SmoothQuant(PostTraining):
     """Who shares a scale of the weights; the paper has one a matrix."""
     alpha: float | Literal["auto", "none"] = 0.5
     """How much of the outliers moves into the weights; auto tries several, none smooths nothing."""
+    matrices: bool = False
+    """Also smooth what wo and w2 read where the matrix before can take the factor, which the paper does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +113,7 @@ class SmoothQuant(PostTraining):
         chain = Chain(model, batches)
         hidden = chain.embedded()
         for number, block in enumerate(chain.blocks):
-            smooth_block(chain, block, hidden, alpha)
+            smooth_block(chain, block, hidden, alpha, self.matrices)
             hidden = chain.run(block, hidden)
             progress("smoothing", number + 1, len(chain.blocks))
 

@@ -17,13 +17,17 @@ KINDS = [{}, {"sub_norm": True, "activation": "relu2"}, {"n_kv_heads": 2}, {"tie
 
 
 @pytest.mark.parametrize("sizes", KINDS, ids=str)
+@pytest.mark.parametrize("matrices", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_smoothing_keeps_the_function(sizes, alpha) -> None:
+def test_smoothing_keeps_the_function(sizes, alpha, matrices) -> None:
     model = random_model(**sizes).double()
     data = token_batches()
     before, weights = model(data[0]), copy.deepcopy(model.state_dict())
-    recipe = SmoothQuant(alpha=alpha)
+    recipe = SmoothQuant(alpha=alpha, matrices=matrices)
     recipe.smooth(model, data, alpha)
+    w3 = model.layers[0].feed_forward.w3.weight
+    changed = (w3 / weights["layers.0.feed_forward.w3.weight"]).std(0)  # a factor of its own for each row
+    assert bool((changed > 1e-3).all()) == (matrices and not model.config.sub_norm)
     assert not torch.equal(weights["layers.0.attention_norm.weight"], model.layers[0].attention_norm.weight)
     torch.testing.assert_close(model(data[0]), before, atol=1e-10, rtol=0)
     recipe.smooth(model, data, alpha)
