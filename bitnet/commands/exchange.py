@@ -22,6 +22,8 @@ def export(args: argparse.Namespace) -> None:
     for option, format in (("type", "gguf"), ("form", "hf"), ("dtype", "hf"), ("push", "hf")):
         if getattr(args, option) is not None and args.format != format:
             raise UserError(f"--{option} is for --format {format}.")
+    if args.private and not args.push:
+        raise UserError("--private is for --push.")
     if args.format == "gguf":
         if out.suffix != ".gguf":
             raise UserError(f"--out {out}: the name must end in .gguf.")

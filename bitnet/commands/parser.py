@@ -14,7 +14,10 @@ MODEL_HELP = "run folder, checkpoint, packed model, Hugging Face folder or GGUF 
 
 
 class OneLineArgumentParser(argparse.ArgumentParser):
-    """Bad options are one line with the nearest valid one, as everywhere in this command."""
+    """Bad options are one line with the nearest valid one, as everywhere in this command; none may be abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         near = ""

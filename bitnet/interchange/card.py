@@ -43,6 +43,7 @@ FORM_REMARKS = {
     "bitlinear": "2 bits a weight on disk and in memory; transformers unpacks them at every forward.",
     "autobitlinear": "2 bits a weight on disk; transformers unpacks them to floats once, on loading.",
     "online": "latent float weights that transformers makes ternary in every forward; they can be trained on.",
+    "compressed-tensors": "the integers, for transformers and vLLM; reading them needs the package compressed-tensors.",
     "dense": "plain float weights. Activations are not quantized in this form: logits differ slightly from training.",
 }
 
@@ -81,14 +82,20 @@ def write_card(folder: Path, opened: Opened, *, name: str, source: Path, form: s
     counts = count_parameters(config)
     weight, act_bits = recipe.get("weight", "none"), recipe.get("act_bits", "none")
     low_bit = weight != "none"
-    kind = f"{weight} weights ({'1.58' if weight == 'ternary' else '1'} bits)" if low_bit else "float weights"
+    kind = "float weights"
+    if low_bit:
+        kind = f"{weight} weights ({'1.58 bits' if weight == 'ternary' else '1 bit'})"
+    elif "bits" in recipe:
+        kind = f"{recipe['bits']}-bit weights ({recipe['name']})"
     activations = f" and {act_bits}-bit activations" if low_bit else ""
     what = (
         f"A language model of {counts.total:,} parameters with {kind}{activations}: {config.n_layers} layers, width "
         f"{config.dim}, vocabulary {config.vocab_size:,}, context {config.max_seq_len:,} tokens. "
-        f"`{form}` form, {dtype}: {FORM_REMARKS[form] if low_bit else 'plain float weights.'}"
+        f"`{form}` form, {dtype}: {FORM_REMARKS[form] if low_bit or form != 'dense' else 'plain float weights.'}"
     )
     tags = ["bitnet", "1.58-bit" if weight == "ternary" else "1-bit"] if low_bit else ["llama"]
+    if form == "compressed-tensors":
+        tags.append(form)
     text = HEADER.format(
         name=name.rpartition("/")[2],
         what=what,
@@ -103,7 +110,8 @@ def write_card(folder: Path, opened: Opened, *, name: str, source: Path, form: s
             lines += ["![Bits per byte over the run](loss.png)", ""]
     if opened.origin:
         listed = "; ".join(f"{key}: {value}" for key, value in opened.origin.items())
-        lines += ["## Origin", "", f"Imported, not trained here. {listed}.", ""]
+        made = "Quantized from another model." if "parent" in opened.origin else "Imported, not trained here."
+        lines += ["## Origin", "", f"{made} {listed}.", ""]
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     lines += [
         "## Size and check",

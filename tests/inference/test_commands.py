@@ -120,3 +120,10 @@ def test_bad_input(finished_run: Path, packed: Path, tmp_path: Path, capsys: pyt
     ):
         assert message in error_of(capsys, *command), command
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_not_be_abbreviated(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new option must not change what an old command line means."""
+    assert "unknown option --max_new. Did you mean '--max_new_tokens'?" in error_of(
+        capsys, "generate", str(packed), "--prompt", "The", "--max_new", "3"
+    )

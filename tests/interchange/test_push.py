@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bitnet.__main__ import main
 from bitnet.errors import UserError
 from bitnet.interchange.push import push
 
@@ -125,3 +126,9 @@ def test_bad_names_are_refused(name, hub, folder) -> None:
     with pytest.raises(UserError, match="the upload failed"):
         push(folder, name)
     assert hub.files == {}
+
+
+def test_private_needs_push(tmp_path, capsys) -> None:
+    command = ["export", "nowhere", "--format", "hf", "--private", "--out", str(tmp_path / "x")]
+    assert main(command) == 2
+    assert "--private is for --push" in capsys.readouterr().err
