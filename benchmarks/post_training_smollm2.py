@@ -46,6 +46,10 @@ ROWS: dict[str, list[str]] = {
         ]
         for bits in (2, 3, 4)
     },
+    "EfficientQAT 2 bits, 64 steps a block": [
+        "efficient_qat", "--bits", "2", "--group_size", "64", "--block_steps", "64", "--block_lr", "3e-4",
+        "--block_grid_lr", "1e-3", "--batch_size", "2",
+    ],
 }  # fmt: skip
 WITHOUT_TEXT = ("rtn", "llm_int8")
 

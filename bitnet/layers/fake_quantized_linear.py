@@ -87,6 +87,7 @@ class FakeQuantizedLinear(nn.Module):
         self.register_buffer("q", None, persistent=False)
         self.register_buffer("codes", None)
         self._for_kernel: tuple[Tensor, Tensor, Tensor] | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self.register_buffer("outlier_at", filled((outliers,), 0, torch.int32) if outliers else None)
         self.register_buffer("outlier_values", filled((outliers,), 0.0) if outliers else None)
         if state != "latent":
@@ -144,7 +145,7 @@ class FakeQuantizedLinear(nn.Module):
     def set_codes(self, q: Tensor) -> None:
         """Give a frozen layer its integers, (N, K) in any dtype."""
         assert self.state == "frozen"
-        self.q, self._for_kernel = q.to(self._codes_dtype), None
+        self.q, self._for_kernel, self._kept = q.to(self._codes_dtype), None, None
 
     @torch.no_grad()
     def quantize_from(self, w: Tensor) -> None:
@@ -208,7 +209,7 @@ class FakeQuantizedLinear(nn.Module):
             self.codes = torch.empty(N, bytes_of_row, dtype=torch.uint8, device="meta")
         else:
             self.codes = self._packed_codes()
-        self.state, self.q, self._for_kernel = "packed", None, None
+        self.state, self.q, self._for_kernel, self._kept = "packed", None, None, None
         self.scale = _as_stored(self.scale if self.scale.is_meta else stored_scale(self.scale), torch.float16)
         if self.outlier_values is not None:
             self.outlier_values = _as_stored(self.outlier_values, torch.float16).data
@@ -283,7 +284,7 @@ class FakeQuantizedLinear(nn.Module):
             and not torch.is_grad_enabled()
             and x.is_cpu
         )
-        return few and self.state in ("frozen", "packed") and self.outlier_at is None
+        return few and self.state in ("frozen", "packed")
 
     def _kernel_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Packed codes, scale and zero point (N, G) as the kernel reads them; kept where nothing can change them."""
@@ -312,13 +313,30 @@ class FakeQuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantizedLinear":
-        self._for_kernel = None
+        self._for_kernel = self._kept = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def _float_forward(self, x: Tensor) -> Tensor:
         if self._reads_codes(x) and x.dtype == torch.float32:
-            return self._kernel(x.reshape(-1, self.in_features), None).view(*x.shape[:-1], self.out_features)
+            flat = x.reshape(-1, self.in_features)
+            y = self._kernel(flat, None)
+            if self.outlier_at is not None:
+                y = self._add_outliers(y, flat)
+            return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.dense().to(x.dtype))
+
+    def _add_outliers(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the kept weights add to the product y (M, N) of the codes with x (M, K)."""
+        assert self.outlier_at is not None and self.outlier_values is not None
+        if self._kept is None:
+            at = self.outlier_at.long()
+            rows, columns = at // self.in_features, at % self.in_features
+            q, scale, zero_point = self.parts()
+            assert isinstance(self.grid, Scheme)
+            coded = dequantize_affine(q, scale, zero_point, self.grid)[rows, columns]
+            self._kept = rows, columns, self.outlier_values.float() - coded
+        rows, columns, more = self._kept
+        return y.index_add(1, rows, x[:, columns] * more)
 
     def _integer_forward(self, x: Tensor, act: ActivationQuantizer) -> Tensor:
         columns = None

@@ -152,6 +152,10 @@ class SpQR(GPTQ):
             raise UserError(f"outliers = {self.outliers}: must be above 0 and at most 0.5.")
         if not self.group_size or not 1 <= self.scale_bits <= 8 or self.scale_group < 1:
             raise UserError("SpQR needs groups of inputs, scale_bits from 1 to 8 and a positive scale_group.")
+        if self.activation_bits != "none":
+            raise UserError(
+                "SpQR keeps some weights in floating point, and so the activations: activation_bits is none."
+            )
 
     def options(self, name: str, linear: nn.Linear) -> dict[str, Any]:
         count = max(1, round(self.outliers * linear.in_features * linear.out_features))

@@ -65,6 +65,7 @@ def test_few_tokens_and_many_agree() -> None:
         (RTN(bits=4, group_size=32, activation_bits=8), True),
         (SmoothQuant(weight_scale="channel"), True),
         (GPTQ(bits=3, group_size=32), False),
+        (SpQR(bits=3), False),
     ):
         model, _ = finished(recipe)
         layer = model.layers[0].feed_forward.w2

@@ -314,6 +314,7 @@ def test_qa_lora_merges_into_float_zero_points() -> None:
         (LLMInt8, {"threshold": 0.0}, "threshold"),
         (SpQR, {"outliers": 0.9}, "outliers"),
         (SpQR, {"scale_bits": 0}, "scale_bits"),
+        (SpQR, {"activation_bits": 8}, "activation_bits"),
         (GPTQ, {"damping": 0.0}, "damping"),
         (QLoRA, {"bits": 8}, "bits"),
         (QLoRA, {"rank": 0}, "rank"),
