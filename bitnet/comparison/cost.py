@@ -49,17 +49,22 @@ def _trained(folder: Path, config: ModelConfig) -> tuple[Cost, str | None] | Non
     devices = trainer.get("devices") if isinstance(trainer.get("devices"), int) else 1
     rows = data["batch_size"] * (trainer.get("accumulate_grad_batches") or 1) * max(1, devices or 1)
     tokens = summary["steps"] * rows * data["seq_len"]
-    flops = tokens * flops_per_token(config, data["seq_len"])
-    return Cost(tokens, summary["seconds"], flops), settings["model"].get("init_from")
+    trained = Cost(tokens, summary["seconds"], tokens * flops_per_token(config, data["seq_len"]))
+    return trained + _prepared(summary.get("preparation", {}), config), settings["model"].get("init_from")
+
+
+def _prepared(found: dict[str, Any], config: ModelConfig) -> Cost:
+    """What a recipe does before or without ``fit``: a look at calibration text, and training block by block."""
+    looked_at, taught = found.get("calibration_tokens", 0), found.get("block_tokens", 0)
+    forward = flops_per_token(config, 512, training=False)
+    return Cost(looked_at + taught, found.get("seconds", 0.0), forward * (looked_at + 3 * taught))
 
 
 def _quantized(folder: Path, config: ModelConfig) -> tuple[Cost, str | None] | None:
     origin = _json(folder / "origin.json")
     if "parent" not in origin:
         return None
-    looked_at, taught = origin.get("calibration_tokens", 0), origin.get("block_tokens", 0)
-    forward = flops_per_token(config, 512, training=False)
-    return Cost(looked_at + taught, origin["seconds"], forward * (looked_at + 3 * taught)), origin["parent"]
+    return _prepared(origin, config), origin["parent"]
 
 
 def cost_of(path: Path, config: ModelConfig) -> tuple[Cost, Cost] | None:

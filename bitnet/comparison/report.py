@@ -50,6 +50,7 @@ def notes(c: Comparison) -> list[str]:
         "Quality is that of the stored form: packed models are scored packed, float ones rounded to bfloat16. "
         "Intervals are of the bootstrap over documents; differences draw the same documents for both models, so "
         "their intervals are narrower than those of the models.",
+        "Bars in the plots are intervals of the difference from the first model.",
         "Bits count every tensor of the file: weights, scales, zero points, adapters, norms, embedding and head "
         "(16 bits in all models).",
         f"Speed: {c.device}, {c.threads} thread{'s' if c.threads > 1 else ''}, {c.settings['tokens']} tokens after a "
@@ -58,6 +59,13 @@ def notes(c: Comparison) -> list[str]:
         "Costs are what run folders say. FLOPs count 2 per weight and forward pass, three times that in training. "
         "A model that starts from another one has cost what its parents have cost, too.",
     ]
+
+
+def bars(row: Row, first: Row) -> tuple[float, float]:
+    """What a plot shows around a point: the interval of its difference from the first model, where that stands."""
+    if row.difference is None:
+        return row.bits_per_byte, row.bits_per_byte
+    return first.bits_per_byte + row.difference[1], first.bits_per_byte + row.difference[2]
 
 
 def plot(c: Comparison, folder: Path) -> list[Path]:
@@ -74,18 +82,20 @@ def plot(c: Comparison, folder: Path) -> list[Path]:
         ("tokens", "training tokens, parents' included", tokens),
     ):
         shown = [(row, x) for row in c.rows if (x := value(row)) is not None]
+        low, high = min((x for _, x in shown), default=1.0), max((x for _, x in shown), default=1.0)
         figure = Figure(figsize=(8.2, 4.2), layout="constrained")
         axes = figure.subplots()
         for number, (row, x) in enumerate(shown):
-            low, high = row.interval
+            least, most = bars(row, c.rows[0])
             axes.errorbar(
-                x, row.bits_per_byte, yerr=[[row.bits_per_byte - low], [high - row.bits_per_byte]],
+                x, row.bits_per_byte, yerr=[[row.bits_per_byte - least], [most - row.bits_per_byte]],
                 fmt="os^Dv<>Pp*Xhd"[number % 13], color=f"C{number % 10}", markersize=7, elinewidth=1, capsize=2,
                 label=f"{row.name} ({row.method})",
             )  # fmt: skip
         axes.set(xlabel=label, ylabel="bits per byte (lower is better)")
         if name == "bits":
             axes.set_xscale("log", base=2)
+            axes.set_xticks([x for x in (1, 2, 3, 4, 5, 6, 8, 12, 16, 32) if 0.9 * low <= x <= 1.1 * high])
             axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,7 @@
 """``LitBitNet``: a transformer, a recipe, an optimizer and a schedule as one Lightning module."""
 
 import dataclasses
+import time
 from typing import Any, Literal
 
 import lightning as L
@@ -54,6 +55,8 @@ class LitBitNet(L.LightningModule):
         self.init_from, self.compile_blocks, self.matmul_precision = init_from, compile, matmul_precision
         self.calibration_rows = calibration_rows
         self.calibration_progress: Progress = no_progress
+        self.preparation: dict[str, float] = {}
+        """What the recipe has cost before the first step."""
         self.resumes = False
         """Whether a checkpoint of this run will fill the model: then nothing is calibrated again."""
         self.model: Transformer | None = None
@@ -92,7 +95,14 @@ class LitBitNet(L.LightningModule):
         model = Transformer(self.config)
         if self.init_from:
             self._load_initial(model, self.init_from)
-        self.recipe.prepare(model, self._calibration(), self.calibration_progress)
+        started = time.monotonic()
+        batches = self._calibration()
+        self.recipe.prepare(model, batches, self.calibration_progress)
+        self.preparation = {
+            "seconds": round(time.monotonic() - started, 1),
+            "calibration_tokens": sum(batch.numel() for batch in batches),
+            "block_tokens": getattr(self.recipe, "found", {}).get("block_tokens", 0),
+        }
         self._apply_stage(model)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self._shard(model)

@@ -146,6 +146,7 @@ class RunReport(Callback):
             "mean_flip_rate": round(float(np.mean([v for _, v in curves.get("quant/flip_rate", [(0, 0.0)])])), 8),
             "best_val_bpb": round(min((v for _, v in curves.get("val/bpb", [])), default=float("nan")), 6),
             "data": pl_module.data.summary(),
+            "preparation": pl_module.preparation,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
