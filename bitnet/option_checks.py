@@ -12,6 +12,14 @@ def check_folder(option: str, file: str | None) -> None:
         raise UserError(f"{option} {file}: the folder {Path(file).parent} does not exist.")
 
 
+def new_path(option: str, name: str) -> Path:
+    """A path to make something at: its folder exists, and nothing is there yet."""
+    check_folder(option, name)
+    if Path(name).exists():
+        raise UserError(f"{option} {name}: exists already.")
+    return Path(name)
+
+
 def check_outputs(args: argparse.Namespace) -> None:
     check_folder("--json", args.json)
     check_folder("--plot", args.plot)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from bitnet.commands.parser import MODEL_HELP, AddCommand, add_text_options
 from bitnet.errors import UserError
-from bitnet.option_checks import check_folder, set_threads
+from bitnet.option_checks import new_path, set_threads
 
 SHOWN = (0, 1, 2, 4, 6, 7, 8, 10)
 """Columns that fit a terminal."""
@@ -24,10 +23,7 @@ def compare(args: argparse.Namespace) -> None:
     from bitnet.interchange.exporting import named_when_proven
     from bitnet.progress import PreparationProgress
 
-    out = Path(args.out)
-    check_folder("--out", args.out)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already.")
+    out = new_path("--out", args.out)
     for option in ("limit", "seq_len", "batch_size", "tokens", "prompt_tokens", "rounds"):
         value = getattr(args, option)
         if value is not None and value < 1:

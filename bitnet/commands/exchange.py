@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitnet.commands.parser import MODEL_HELP, AddCommand
 from bitnet.errors import UserError
-from bitnet.option_checks import check_folder, whole_number
+from bitnet.option_checks import new_path, whole_number
 
 
 def export(args: argparse.Namespace) -> None:
@@ -15,10 +15,7 @@ def export(args: argparse.Namespace) -> None:
     from bitnet.interchange.exporting import export_gguf, export_hf, export_peft
     from bitnet.interchange.opened import open_model
 
-    out = Path(args.out)
-    check_folder("--out", args.out)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already.")
+    out = new_path("--out", args.out)
     for option, format in (("type", "gguf"), ("form", "hf"), ("dtype", "hf"), ("push", "hf")):
         if getattr(args, option) is not None and args.format != format:
             raise UserError(f"--{option} is for --format {format}.")
@@ -51,10 +48,7 @@ def import_(args: argparse.Namespace) -> None:
     """Make a run folder of another program's model: a Hugging Face folder or a GGUF file."""
     from bitnet.interchange.importing import import_model
 
-    out = Path(args.out)
-    check_folder("--out", args.out)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already.")
+    out = new_path("--out", args.out)
     import_model(Path(args.path), out, trainable=args.trainable, check_tokens=args.check_tokens)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet.commands.parser import MODEL_HELP, AddCommand, add_text_options
 from bitnet.errors import UserError
-from bitnet.option_checks import check_folder, set_threads
+from bitnet.option_checks import new_path, set_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,10 +88,7 @@ def quantize(args: argparse.Namespace) -> None:
     from bitnet.interchange.opened import open_model
     from bitnet.progress import PreparationProgress
 
-    out = Path(args.out)
-    check_folder("--out", args.out)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already.")
+    out = new_path("--out", args.out)
     set_threads(args.threads)
     if args.recipe in ONLY_BY_TRAINING:
         raise UserError(
@@ -140,10 +136,7 @@ def synthesize(args: argparse.Namespace) -> None:
     from bitnet.progress import PreparationProgress
     from bitnet.synthesis import synthesize as write_text
 
-    out = Path(args.out)
-    check_folder("--out", args.out)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already.")
+    out = new_path("--out", args.out)
     set_threads(args.threads)
     progress = PreparationProgress()
     with torch.inference_mode():
