@@ -189,7 +189,8 @@ def prepare(
         yield from _documents(train, held, cut)
         yield from (("val", d) for corpus in val for d in corpus)
 
-    report("training the tokenizer", 0, 0)
+    if given is None:
+        report("training the tokenizer", 0, 0)
     tokenizer = given or train_tokenizer(_sample(documents()), vocab_size)
     eos_id = find_eos(tokenizer, eos_token)
     narrow = tokenizer.get_vocab_size() <= 1 << 16 and reading.chat_template is None

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from bitnet.estimate import count_parameters
-from bitnet.layers import level_shares, low_bit_layers, quantized_layers
+from bitnet.layers import level_shares, low_bit_layers
 
 Curve = list[tuple[int, float]]
 
@@ -94,6 +94,7 @@ class RunReport(Callback):
         config, counts = pl_module.config, count_parameters(pl_module.config)
         recipe = pl_module.recipe
         kind = getattr(recipe, "weight", type(recipe).__name__)
+        kind = "float" if kind == "none" else kind
         data = pl_module.data.summary()
         train_bytes = sum(t["text_bytes"] for t in data["train"])
         train_tokens = sum(t["tokens"] for t in data["train"])
@@ -105,7 +106,7 @@ class RunReport(Callback):
             f"sha256 {data['sha256'][0][:12]}, Python {data['python']}",
             f"run     {trainer.default_root_dir}",
         ]
-        obstacles = {} if quantized_layers(pl_module.transformer) else config.export_obstacles()
+        obstacles = config.export_obstacles() if low_bit_layers(pl_module.transformer) else {}
         fits = [name for name, why in obstacles.items() if why is None]
         if obstacles:
             lines.append(f"export  these sizes suit {'; '.join(fits) if fits else 'no format'}")
