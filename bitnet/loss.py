@@ -16,13 +16,18 @@ IGNORE = -100
 """Target id that is not counted (padding)."""
 
 
+def batch_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (B, T, V) of ``inputs`` (B, T), attention masked by document when there are ``document_ids`` (B, T)."""
+    extra = {"document_ids": batch["document_ids"]} if "document_ids" in batch else {}
+    return model(batch["inputs"], **extra)  # type: ignore[no-any-return]
+
+
 def token_nats(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of every target, float32 (B * T,), 0 where the target is ``IGNORE``.
 
     ``batch`` holds ``inputs`` and ``targets`` (B, T), and ``document_ids`` (B, T) when attention is masked by document.
     """
-    extra = {"document_ids": batch["document_ids"]} if "document_ids" in batch else {}
-    logits = model(batch["inputs"], **extra)
+    logits = batch_logits(model, batch)
     return F.cross_entropy(
         logits.float().flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="none"
     )

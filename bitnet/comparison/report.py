@@ -52,7 +52,7 @@ def notes(c: Comparison) -> list[str]:
         "their intervals are narrower than those of the models.",
         "Bars in the plots are intervals of the difference from the first model.",
         "Bits count every tensor of the file: weights, scales, zero points, adapters, norms, embedding and head "
-        "(16 bits in all models).",
+        "(16 bits, unless a model came packed otherwise).",
         f"Speed: {c.device}, {c.threads} thread{'s' if c.threads > 1 else ''}, {c.settings['tokens']} tokens after a "
         f"prompt of one, prompts of {c.settings['prompt_tokens']}; medians of {c.settings['rounds']} rounds in which "
         "the models take turns, each in a process of its own. Memory is the peak of that process over its imports.",

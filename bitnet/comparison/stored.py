@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from bitnet.config import ModelConfig
 from bitnet.estimate import count_parameters
 from bitnet.inference.bench import serving_speed
-from bitnet.inference.files import save_packed
+from bitnet.inference.files import load_packed, save_packed
 from bitnet.inference.header import read_header
 from bitnet.inference.packed_linear import HeadDtype
 from bitnet.inference.packed_model import PackedTransformer
@@ -82,8 +82,6 @@ def _measure(file: str, config: ModelConfig | None, threads: int, tokens: int, p
     """Runs in a process of its own."""
 
     def load() -> Transformer:
-        from bitnet.inference.files import load_packed
-
         return load_packed(file)[0] if config is None else _float_model(config, read_all(Path(file)))
 
     return serving_speed(load, threads=threads, tokens=tokens, prompt=prompt)

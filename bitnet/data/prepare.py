@@ -120,12 +120,7 @@ class _Writer:
             ids.append(self.eos_id + UNSAID if isinstance(document, ChatText) else self.eos_id)
             with (self.folder / f"{name}.bin").open("ab") as file:
                 file.write(np.asarray(ids, dtype=self.dtype).tobytes())
-            old = self.totals.get(name, Totals())
-            self.totals[name] = Totals(
-                documents=old.documents + 1,
-                tokens=old.tokens + len(ids),
-                text_bytes=old.text_bytes + len(document.encode()),
-            )
+            self.totals[name] = self.totals.get(name, Totals()).with_document(len(ids), document)
         self._pending, self._pending_bytes = [], 0
 
 

@@ -35,12 +35,8 @@ def write_token_folder(
             part = "val" if number % HELD_OUT == 0 else "train"
             with (partial / ("val.bin" if part == "val" else "train-0.bin")).open("ab") as file:
                 file.write(np.asarray([*ids, eos_id], dtype=dtype).tobytes())
-            old = totals[part]
-            totals[part] = Totals(
-                documents=old.documents + 1,
-                tokens=old.tokens + len(ids) + 1,
-                text_bytes=old.text_bytes + len(tokenizer.decode(ids, skip_special_tokens=False).encode()),
-            )
+            text = tokenizer.decode(ids, skip_special_tokens=False)
+            totals[part] = totals[part].with_document(len(ids) + 1, text)
         if not totals["train"].tokens or not totals["val"].tokens:
             raise UserError(f"{folder}: at least two texts are needed, one of them to hold out.")
         meta = {

@@ -34,6 +34,14 @@ class Totals:
     text_bytes: int = 0
     """UTF-8 bytes of the documents, separators not counted."""
 
+    def with_document(self, tokens: int, text: str) -> "Totals":
+        """These and one document more."""
+        return Totals(
+            documents=self.documents + 1,
+            tokens=self.tokens + tokens,
+            text_bytes=self.text_bytes + len(text.encode()),
+        )
+
 
 class TokenStore:
     """A token folder that has been prepared."""

@@ -87,14 +87,12 @@ class ActivationQuantizer(nn.Module):
         if self.limits is None or self.observing is None or (self.observing == "average" and not self.training):
             return
         seen = observed_range(x, self.scheme.percentile)
-        if not bool(self.limits.any()):
-            self.limits.copy_(seen)
-        elif self.observing == "average":
-            self.limits.lerp_(seen, self.scheme.momentum)
+        if self.observing == "average":
+            new = self.limits.lerp(seen, self.scheme.momentum)
         else:
-            self.limits.copy_(
-                torch.stack((torch.minimum(self.limits[0], seen[0]), torch.maximum(self.limits[1], seen[1])))
-            )
+            new = torch.stack((torch.minimum(self.limits[0], seen[0]), torch.maximum(self.limits[1], seen[1])))
+        # Decided on the device: asking whether this is the first batch would stop a GPU in every layer.
+        self.limits.copy_(torch.where(self.limits.any(), new, seen))
 
     def inv_scale(self, x: Tensor) -> Tensor:
         """Float32 (..., 1): qmax over the magnitude that is to be covered."""

@@ -31,7 +31,8 @@ class Recipe(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, batches: Iterable[Tensor] = (), progress: Progress = no_progress) -> list[str]:
-        """Swap layers in place; return the names of those changed. ``batches`` of token ids (B, T) calibrate.
+        """Swap layers in place; return the names of those changed. ``batches`` of token ids (B, T) calibrate, and then
+        the model should be in evaluation mode.
 
         Without batches the layers have the same form, ready for a checkpoint to fill.
         """

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from bitnet.errors import UserError
 from bitnet.layers import ActivationScheme
 from bitnet.layers.fake_quantized_linear import State
-from bitnet.loss import IGNORE, next_token_loss
-from bitnet.recipes.base import Progress, no_progress
+from bitnet.loss import IGNORE, batch_logits, next_token_loss
+from bitnet.recipes.base import Progress, Recipe, no_progress
 from bitnet.recipes.bitnet import BitNet
 from bitnet.recipes.post_training import Bits, PostActBits, PostTraining
 
@@ -38,11 +38,31 @@ class Teacher:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits; the teacher follows its inputs to their device."""
-        if next(self.model.parameters()).device != inputs.device:
-            self.model.to(inputs.device)
-        return self.model(inputs)  # type: ignore[no-any-return]
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (B, T, V) of a batch; the teacher follows it to its device."""
+        if next(self.model.parameters()).device != batch["inputs"].device:
+            self.model.to(batch["inputs"].device)
+        return batch_logits(self.model, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught(Recipe):
+    """A recipe whose model learns from the float model that it was."""
+
+    _teacher: list[Teacher] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    @property
+    def needs_parent(self) -> bool:
+        return True
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher[0]
+
+    def prepare(self, model: nn.Module, batches: Iterable[Tensor] = (), progress: Progress = no_progress) -> list[str]:
+        if not next(model.parameters()).is_meta:
+            self._teacher[:] = [Teacher(model)]
+        return super().prepare(model, batches, progress)  # type: ignore[safe-super]
 
 
 def soft_label_loss(student: Tensor, teacher: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -55,7 +75,7 @@ def soft_label_loss(student: Tensor, teacher: Tensor, targets: Tensor, temperatu
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLMQAT(PostTraining):
+class LLMQAT(Taught, PostTraining):
     """LLM-QAT (arXiv 2305.17888): data-free training; ``fit`` it on text of ``bitnet synthesize``."""
 
     trains: ClassVar[bool] = True
@@ -70,8 +90,6 @@ class LLMQAT(PostTraining):
     kv_bits: PostActBits = 8
     """Bits of keys (before their rotation) and values, one scale per token; none for float."""
 
-    _teacher: list[Teacher] = field(default_factory=list, init=False, compare=False, repr=False)
-
     def options(self, name: str, linear: nn.Linear) -> dict[str, Any]:
         cached = self.kv_bits != "none" and name.endswith((".wk", ".wv"))
         return super().options(name, linear) | {
@@ -81,16 +99,11 @@ class LLMQAT(PostTraining):
     def state(self) -> State:
         return "latent"
 
-    def prepare(self, model: nn.Module, batches: Iterable[Tensor] = (), progress: Progress = no_progress) -> list[str]:
-        if not next(model.parameters()).is_meta:
-            self._teacher[:] = [Teacher(model)]
-        return super().prepare(model)
-
     def is_trained(self, name: str, parameter: nn.Parameter) -> bool:
         return True
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return soft_label_loss(model(batch["inputs"]), self._teacher[0].logits(batch["inputs"]), batch["targets"])
+        return soft_label_loss(batch_logits(model, batch), self.teacher.logits(batch), batch["targets"])
 
 
 @contextmanager
@@ -123,7 +136,7 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distilled(BitNet):
+class Distilled(Taught, BitNet):
     """A low-bit student that learns from a float teacher (BitDistill, arXiv 2510.13998).
 
     The teacher is ``model.init_from``, so that the student begins with its weights; ``quantizer_warmup`` blends the
@@ -141,8 +154,6 @@ class Distilled(BitNet):
     relation_layer: int = -1
     """The layer whose relations are compared."""
 
-    _teacher: list[Teacher] = field(default_factory=list, init=False, compare=False, repr=False)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature <= 0:
@@ -150,23 +161,14 @@ class Distilled(BitNet):
         if min(self.hard, self.soft, self.relations) < 0 or self.hard + self.soft + self.relations == 0:
             raise UserError("hard, soft and relations: none may be negative, and one must be positive.")
 
-    @property
-    def needs_parent(self) -> bool:
-        return True
-
-    def prepare(self, model: nn.Module, batches: Iterable[Tensor] = (), progress: Progress = no_progress) -> list[str]:
-        if not next(model.parameters()).is_meta:
-            self._teacher[:] = [Teacher(model)]
-        return super().prepare(model, batches)
-
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        inputs, targets, teacher = batch["inputs"], batch["targets"], self._teacher[0]
+        targets, teacher = batch["targets"], self.teacher
         if not self.soft and not self.relations:
             return next_token_loss(model, batch)
         with _projections(model, self.relation_layer) as ours:
-            logits = model(inputs)
+            logits = batch_logits(model, batch)
         with _projections(teacher.model, self.relation_layer) as theirs:
-            aims = teacher.logits(inputs)
+            aims = teacher.logits(batch)
         loss = self.soft * soft_label_loss(logits, aims, targets, self.temperature)
         if self.hard:
             loss = loss + self.hard * F.cross_entropy(

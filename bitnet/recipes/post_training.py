@@ -77,6 +77,8 @@ class PostTraining(Recipe):
         """The layer that replaces ``linear``, its weights rounded to nearest."""
         if isinstance(linear, BitLinear):
             raise UserError(f"{name} is a trained low-bit layer; this recipe starts from a float model.")
+        if not linear.weight.is_meta and not bool(linear.weight.isfinite().all()):
+            raise UserError(f"{name} has weights that are NaN or infinite; no grid holds them.")
         size = self.group_size
         if size and linear.in_features % size:
             raise UserError(f"group_size = {size} does not divide the {linear.in_features} inputs of {name}.")

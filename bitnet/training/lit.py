@@ -97,7 +97,9 @@ class LitBitNet(L.LightningModule):
             self._load_initial(model, self.init_from)
         started = time.monotonic()
         batches = self._calibration()
+        model.eval()  # what a recipe looks at is not thinned out by dropout
         self.recipe.prepare(model, batches, self.calibration_progress)
+        model.train()
         self.preparation = {
             "seconds": round(time.monotonic() - started, 1),
             "calibration_tokens": sum(batch.numel() for batch in batches),

@@ -14,7 +14,7 @@ from bitnet.commands.quantize import RECIPE_NAMES
 from bitnet.data.tokens import TokenStore
 from bitnet.inference.files import load_packed
 from bitnet.layers import quantized_layers
-from bitnet.recipes import POST_TRAINING
+from bitnet.recipes import POST_TRAINING, EfficientQAT
 from bitnet.training.cli import main as fit
 
 FLOAT = ["--model.recipe.weight=none", "--model.recipe.act_bits=none", "--model.config.dim=64"]
@@ -167,3 +167,29 @@ def test_synthesized_text_trains_without_the_data(
         capsys, "synthesize", str(float_run), "--out", str(tmp_path / "x"), "--sequences", "0"
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_calibration_is_not_thinned_out_by_dropout(
+    float_run: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float run has dropout 0.1: off while a recipe looks at activations, on while it trains."""
+    seen: list[tuple[str, bool]] = []
+    train_blocks, loss = EfficientQAT.train_blocks, EfficientQAT.loss
+
+    def watched_blocks(self: Any, chain: Any, progress: Any) -> list[str]:
+        seen.append(("calibration", any(m.training for m in chain.model.modules())))
+        return train_blocks(self, chain, progress)
+
+    def watched_loss(self: Any, model: Any, batch: Any) -> torch.Tensor:
+        seen.append(("training", all(m.training for m in model.modules())))
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(EfficientQAT, "train_blocks", watched_blocks)
+    monkeypatch.setattr(EfficientQAT, "loss", watched_loss)
+    command = ["fit", "--config", "posttrain/efficient_qat", f"--model.init_from={float_run}", f"--data.path={stories}"]
+    command += ["--data.seq_len=32", "--data.batch_size=4", "--model.calibration_rows=8", "--trainer.max_steps=1"]
+    command += ["--trainer.val_check_interval=1", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
+    command += ["--model.recipe.init_args.block_steps=1", f"--trainer.default_root_dir={tmp_path / 'r'}"]
+    assert fit([*command, "--trainer.log_every_n_steps=1"]) == 0
+    assert load_checkpoint(float_run)[0].config.dropout == 0.1
+    assert seen == [("calibration", False), ("training", True)]

@@ -343,3 +343,27 @@ def test_what_cannot_be_quantized_is_refused() -> None:
 
 def test_the_config_of_these_tests_is_ordinary() -> None:
     assert CONFIG.head_dim == 16 and not CONFIG.sub_norm
+
+
+@pytest.mark.parametrize("recipe", [LLMQAT(), Distilled(), Distilled(hard=0.0)], ids=str)
+def test_documents_stay_apart_for_student_and_teacher(recipe: Recipe) -> None:
+    """Two documents in a row give the loss of each alone, when attention is masked by document."""
+    model = random_model()
+    recipe.prepare(model)
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    halves = [counting(seed) for seed in (1, 2)]
+    halves = [{key: rows[:, :8] for key, rows in half.items()} for half in halves]
+    joined = {key: torch.cat([half[key] for half in halves], dim=1) for key in halves[0]}
+    joined["document_ids"] = torch.arange(16).expand(16, -1) // 8
+    # Rotary positions are relative, so a document is the same wherever it begins.
+    expected = torch.stack([recipe.loss(model, half) for half in halves]).mean()
+    torch.testing.assert_close(recipe.loss(model, joined), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    for value in (float("nan"), float("inf")):
+        model = random_model()
+        model.layers[1].attention.wo.weight.data[3, 4] = value
+        with pytest.raises(UserError, match=r"layers\.1\.attention\.wo has weights that are NaN or infinite"):
+            RTN().prepare(model)
