@@ -18,43 +18,114 @@ paper (Microsoft's training tips use ``torch.sign``, which would give a third va
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bitnet_kernels.cpu import weights as native_weights
 
 EPS = 1e-5
 
 Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def absmean(w: Tensor) -> Tensor:
-    """Mean magnitude of all elements, float32, shape ().
+GRID = 2.0**40
+"""Sums of weights count multiples of 2^-40: exact for every float32 above 2^-17, and off by 2^-41 at most below it."""
 
-    Accumulated in float64 and rounded once: a float32 sum depends on the number of threads and on how the matrix is
-    split, and the last bit of this scale decides trits.
+
+def exact_sums(values: Tensor) -> Tensor:
+    """Sum of all elements of (N, K), float64 (2,), such that adding these pairs is exact in any order.
+
+    The pair counts 2^-14 and 2^-40. So the sum of a matrix does not depend on threads, nor on how it is split over
+    processes and in which order they are added, while a float sum does, and the last bit of a scale decides trits.
+    Holds for rows whose sum stays below 2^13 and for matrices below 2^35.
     """
-    return (w.detach().abs().sum(dtype=torch.float64) / w.numel()).to(torch.float32)
+    rows = (values.double() * GRID).round_().sum(dim=-1)  # whole numbers below 2^53
+    high = (rows * 2.0**-26).floor()
+    return torch.stack((high.sum(), (rows - high * 2.0**26).sum()))
+
+
+def mean_of(sums: Tensor, count: int) -> Tensor:
+    """Float32 mean, rounded once, of ``count`` elements whose ``exact_sums`` are ``sums`` (2,)."""
+    return ((sums[0] * 2.0**26 + sums[1]) / (GRID * count)).to(torch.float32)
+
+
+def absmean(w: Tensor) -> Tensor:
+    """Mean magnitude of all elements, float32, shape (): the same bits however the sum is split."""
+    return mean_of(exact_sums(w.detach().abs()), w.numel())
+
+
+class WeightScale(NamedTuple):
+    """What a whole matrix says about itself, before a weight is rounded: both float32, shape ()."""
+
+    inv_scale: Tensor
+    mean: Tensor
+    """Of the signed weights; 0 and unused for ternary."""
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """A weight quantizer in two halves: what must be known of the whole matrix, and what is done to each weight."""
+
+    binary: bool
+
+    def statistics(self, w: Tensor) -> Tensor:
+        """Float64 (4,): ``exact_sums`` of magnitudes and, for binary, of weights. Those of pieces can be added."""
+        w = w.detach()
+        sums = native_weights.weight_sums(w, self.binary)
+        if sums is None:
+            magnitudes = exact_sums(w.abs())
+            sums = torch.cat((magnitudes, exact_sums(w) if self.binary else torch.zeros_like(magnitudes)))
+        return sums
+
+    def scale(self, statistics: Tensor, count: int) -> WeightScale:
+        """From the statistics of all ``count`` weights of a matrix."""
+        inv_scale = mean_of(statistics[:2], count).clamp(min=EPS).reciprocal()
+        return WeightScale(inv_scale, mean_of(statistics[2:], count))
+
+    def levels(self, w: Tensor, scale: WeightScale) -> Tensor:
+        """Weights, or some of them -> float32 ``q``."""
+        w = w.detach().float()
+        if not self.binary:
+            return (w * scale.inv_scale).round_().clamp_(-1, 1)
+        # mean - mean is 0, but NaN when a weight is NaN or infinite: a comparison alone would hide that as -1.
+        return torch.where(w > scale.mean, 1.0, -1.0) + (scale.mean - scale.mean)
+
+    def int8_levels(self, w: Tensor, scale: WeightScale) -> Tensor:
+        """The same as int8, which knows no NaN: there the scale is NaN too, and what is computed with it."""
+        q = native_weights.weight_levels(w.detach(), *scale, self.binary)
+        return self.levels(w, scale).to(torch.int8) if q is None else q
+
+    def __call__(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """``(q, inv_scale)`` of a matrix that is here as a whole."""
+        scale = self.scale(self.statistics(w), w.numel())
+        return self.levels(w, scale), scale.inv_scale
+
+
+TERNARY_ABSMEAN = WeightQuantizer(binary=False)
+BINARY_SIGN = WeightQuantizer(binary=True)
 
 
 def quantize_ternary_absmean(w: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) weights -> float32 ``q`` (N, K) in {-1, 0, 1} and ``inv_scale`` () (arXiv 2402.17764, section 2)."""
-    inv_scale = absmean(w).clamp(min=EPS).reciprocal()
-    return (w.detach().float() * inv_scale).round_().clamp_(-1, 1), inv_scale
+    return TERNARY_ABSMEAN(w)
 
 
 def quantize_binary_sign(w: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) weights -> float32 ``q`` (N, K) in {-1, 1} and ``inv_scale`` () (arXiv 2310.11453, eq 1-3)."""
-    w = w.detach()
-    mean = w.mean(dtype=torch.float64).to(torch.float32)
-    inv_scale = absmean(w).clamp(min=EPS).reciprocal()
-    # mean - mean is 0, but NaN when a weight is NaN or infinite: a comparison alone would hide that as -1.
-    return torch.where(w.float() > mean, 1.0, -1.0) + (mean - mean), inv_scale
+    return BINARY_SIGN(w)
 
 
-def quantize_int8_absmax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., K) activations -> float32 ``q`` (..., K) in [-127, 127] and ``inv_scale`` (..., 1), one per token."""
+def quantize_int8_absmax(x: Tensor, largest: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """(..., K) activations -> float32 ``q`` (..., K) in [-127, 127] and ``inv_scale`` (..., 1), one per token.
+
+    ``largest`` takes the largest magnitudes (..., 1) found here to those of all K where others hold the rest.
+    """
     x = x.detach().float()
-    inv_scale = 127.0 / x.abs().amax(dim=-1, keepdim=True).clamp_(min=EPS)
+    absmax = x.abs().amax(dim=-1, keepdim=True)
+    inv_scale = 127.0 / (absmax if largest is None else largest(absmax)).clamp(min=EPS)
     # No clamp: |x| * inv_scale exceeds 127 by rounding only, and rounds to 127.
     return (x * inv_scale).round_(), inv_scale
 
@@ -66,10 +137,7 @@ def quantize_int4_absmean(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * inv_scale).round_().clamp_(-8, 7), inv_scale
 
 
-WEIGHT_QUANTIZERS: dict[str, Quantizer] = {
-    "ternary": quantize_ternary_absmean,
-    "binary": quantize_binary_sign,
-}
+WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {"ternary": TERNARY_ABSMEAN, "binary": BINARY_SIGN}
 ACTIVATION_QUANTIZERS: dict[int, Quantizer] = {
     8: quantize_int8_absmax,
     4: quantize_int4_absmean,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.layers.bit_linear import integer_matmul
+from bitnet.layers.integer_products import integer_matmul
 
 EXACT_CHUNK = 512
 """Inputs for which float32 sums of integers below 256 times integers below 128 are exact."""

@@ -46,6 +46,13 @@ SIGNATURES = {
         POINTER, INT, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, POINTER, POINTER, INT64, POINTER,
         POINTER, INT, INT,
     ],
+    "bitnet_weight_sums": [POINTER, INT64, INT, POINTER, INT, INT],
+    "bitnet_weight_levels": [POINTER, INT64, FLOAT, FLOAT, INT, POINTER, INT, INT],
+    "bitnet_pack_levels": [POINTER, INT64, INT64, INT, POINTER, INT, INT],
+    "bitnet_gradient_digits": [
+        POINTER, POINTER, INT64, INT64, INT, INT, POINTER, POINTER, POINTER, INT, INT,
+    ],
+    "bitnet_join_digits": [POINTER, POINTER, INT64, INT64, POINTER, FLOAT, POINTER, INT],
     "bitnet_wide_matmul": [POINTER, INT64, INT64, POINTER, INT64, INT, POINTER, POINTER, INT, INT],
 }  # fmt: skip
 

@@ -1,0 +1,53 @@
+"""What weights.c does to a matrix of latent weights (float32, contiguous): exact sums, levels, packed codes.
+
+Each function gives ``None`` where there are no compiled kernels or they do not apply; torch then computes the same.
+"""
+
+import torch
+from torch import Tensor
+
+from bitnet_kernels.cpu import native
+
+
+def _takes(w: Tensor, dtype: torch.dtype) -> bool:
+    plain = type(w) in (Tensor, torch.nn.Parameter) and w.is_cpu and w.dtype == dtype and w.is_contiguous()
+    return plain and not torch.compiler.is_compiling() and native.library() is not None
+
+
+def weight_sums(w: Tensor, with_sign: bool) -> Tensor | None:
+    """Float64 (4,) of w (N, K): the pairs ``exact_sums(w.abs())`` and, ``with_sign``, ``exact_sums(w)``; else zeros."""
+    if not _takes(w, torch.float32):
+        return None
+    lib = native.library()
+    assert lib is not None
+    out = torch.empty(4, dtype=torch.float64)
+    wrong = lib.bitnet_weight_sums(
+        w.data_ptr(), w.numel(), with_sign, out.data_ptr(), torch.get_num_threads(), native.best_isa()
+    )
+    return None if wrong else out
+
+
+def weight_levels(w: Tensor, inv_scale: Tensor, mean: Tensor, binary: bool) -> Tensor | None:
+    """int8 (N, K): ``clamp(round(w * inv_scale), -1, 1)``, or the sign of ``w - mean`` with -1 for 0."""
+    if not _takes(w, torch.float32):
+        return None
+    lib = native.library()
+    assert lib is not None
+    q = torch.empty(w.shape, dtype=torch.int8)
+    lib.bitnet_weight_levels(
+        w.data_ptr(), w.numel(), float(inv_scale), float(mean), binary, q.data_ptr(), torch.get_num_threads(),
+        native.best_isa(),
+    )  # fmt: skip
+    return q
+
+
+def pack_levels(q: Tensor, planes: int) -> Tensor | None:
+    """int8 levels (N, K) -> uint8 (N, whole blocks of K), unchecked; ``planes`` is 4 for ternary, 8 for binary."""
+    if not _takes(q, torch.int8):
+        return None
+    lib = native.library()
+    assert lib is not None
+    n, k = q.shape
+    packed = torch.empty(n, -(-k // 256) * 256 // planes, dtype=torch.uint8)
+    lib.bitnet_pack_levels(q.data_ptr(), n, k, planes, packed.data_ptr(), torch.get_num_threads(), native.best_isa())
+    return packed
