@@ -178,7 +178,8 @@ class TokenDataModule(L.LightningDataModule):
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+        shares = trainer.distributed_sampler_kwargs if trainer else None
+        return {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {}
 
     def train_dataloader(self) -> "TrainLoader | stream.StreamLoader":
         store = self.tokens

@@ -116,7 +116,10 @@ def _shares(counts: list[int], weights: list[float] | None) -> list[int]:
 
 
 class EvalLoader:
-    """Every row of a token file in order, the last one padded; ranks take batches in turn."""
+    """Every row of a token file in order, the last one padded; ranks take batches in turn.
+
+    All ranks get as many batches, because they compute them together; what is missing in the last round has no targets.
+    """
 
     def __init__(self, ids: Ids, seq_len: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.ids, self.seq_len, self.batch_size = ids, seq_len, batch_size
@@ -125,7 +128,7 @@ class EvalLoader:
     def __len__(self) -> int:
         rows = max(0, -(-(len(self.ids) - 1) // self.seq_len))
         batches = -(-rows // self.batch_size)
-        return len(range(self.rank, batches, self.world_size))
+        return -(-batches // self.world_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         rows: list[Tensor] = []
@@ -136,5 +139,9 @@ class EvalLoader:
                 if number % self.world_size == self.rank:
                     yield make_batch(torch.stack(rows))
                 rows, number = [], number + 1
-        if rows and number % self.world_size == self.rank:
-            yield make_batch(torch.stack(rows))
+        if rows:
+            if number % self.world_size == self.rank:
+                yield make_batch(torch.stack(rows))
+            number += 1
+        if number % self.world_size and self.rank >= number % self.world_size:
+            yield make_batch(torch.full((1, self.seq_len + 1), UNSAID))

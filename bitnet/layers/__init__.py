@@ -3,11 +3,13 @@
 from bitnet.layers.activation_quantizer import ActivationScheme
 from bitnet.layers.bit_linear import BitLinear, level_shares, low_bit_layers
 from bitnet.layers.fake_quantized_linear import FakeQuantizedLinear, quantized_layers
+from bitnet.layers.integer_products import Arithmetic
 from bitnet.layers.lora_linear import LoRALinear
 from bitnet.layers.swap import swap_linears
 
 __all__ = [
     "ActivationScheme",
+    "Arithmetic",
     "BitLinear",
     "FakeQuantizedLinear",
     "LoRALinear",

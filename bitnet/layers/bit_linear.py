@@ -4,6 +4,7 @@
 or int4 activations; formulas and gradients are in ``integer_products``. The norm before it belongs to the model.
 """
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,14 @@ from bitnet.layers.integer_products import (
     LowBitProduct,
     quantize_rows,
 )
-from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, fake_quantize, straight_through
+from bitnet.layers.sharding import AddUp, Split, local_part
+from bitnet.quantizers import (
+    ACTIVATION_QUANTIZERS,
+    WEIGHT_QUANTIZERS,
+    WeightScale,
+    fake_quantize,
+    straight_through,
+)
 from bitnet_kernels.cpu.weights import pack_levels
 
 WeightKind = Literal["ternary", "binary", "none"]
@@ -55,6 +63,14 @@ class BitLinear(nn.Linear):
         self._held = False
         self._levels: tuple[tuple[Any, ...], Levels] | None = None
         self.arithmetic = Arithmetic()
+        self.split: Split | None = None
+        """How the matrix is split over processes that work on the same tokens (tensor parallelism)."""
+        self.shared_scale: WeightScale | None = None
+        """Scale of the whole matrix where this process holds a part of it; see ``share_scales``."""
+        self.passes_by = False
+        """Whether the whole weight is here only while it is used (FSDP2): then backward rounds it again."""
+        self.weight_holds_levels = False
+        """Whether what passes by are levels (``gather_levels``)."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weight_kind: WeightKind, act_bits: ActBits) -> "BitLinear":
@@ -84,22 +100,36 @@ class BitLinear(nn.Linear):
         could tell in general: fused optimizers and FSDP write to a parameter without raising it.
         """
         assert self.weight_kind != "none"
-        keep = self._held or not (self.training or torch.is_grad_enabled())
+        keep = self._held or not (self.training or self.passes_by or torch.is_grad_enabled())
         if not keep or torch.compiler.is_compiling():
             self._levels = None
             return self._quantize()
-        key = (self.weight.data_ptr(), self.weight.dtype, self.weight.is_inference() or self.weight._version)
+        weight = local_part(self.weight.detach())
+        key = (weight.data_ptr(), weight.dtype, weight.is_inference() or self.weight._version)
         if self._levels is None or self._levels[0] != key:
             self._levels = (key, self._quantize())
         return self._levels[1]
 
     def _quantize(self) -> Levels:
-        quantizer, weight = WEIGHT_QUANTIZERS[self.weight_kind], self.weight.detach()
-        scale = quantizer.scale(quantizer.statistics(weight), weight.numel())
-        q = quantizer.int8_levels(weight, scale)
+        weight = local_part(self.weight.detach())
+        scale = self.shared_scale
+        if scale is None:
+            quantizer = WEIGHT_QUANTIZERS[self.weight_kind]
+            scale = quantizer.scale(quantizer.statistics(weight), weight.numel())
+        q = self._int8(weight, scale)
         format, planes = PACKED[self.weight_kind]
         packed = None if self.arithmetic.forward == "float" else pack_levels(q, planes)
         return Levels(q, scale.inv_scale, packed, format)
+
+    def local_levels(self) -> Tensor:
+        """int8 levels of the piece of a spread weight that this process keeps; needs ``share_scales``."""
+        assert self.shared_scale is not None
+        return WEIGHT_QUANTIZERS[self.weight_kind].int8_levels(local_part(self.weight.detach()), self.shared_scale)
+
+    def _int8(self, weight: Tensor, scale: WeightScale) -> Tensor:
+        if self.weight_holds_levels:
+            return weight.to(torch.int8)
+        return WEIGHT_QUANTIZERS[self.weight_kind].int8_levels(weight, scale)
 
     def hold(self, held: bool) -> None:
         """Promise (or stop promising) that the weight will not change, so that its quantized form can be reused."""
@@ -117,19 +147,28 @@ class BitLinear(nn.Linear):
             return self._float_forward(x, self.warmup if blending else 1.0)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        rows, flat = quantize_rows(x, self.act_bits), x.reshape(-1, self.in_features)
-        y: Tensor = LowBitProduct.apply(flat, self.weight, rows, self.levels(), dtype, self.arithmetic, None, None)  # type: ignore[no-untyped-call]
-        y = y.view(*x.shape[:-1], self.out_features)
+        cut = self.split if self.split is not None and self.split.dim == "inputs" else None
+        rows = quantize_rows(x, self.act_bits, cut.largest if cut else None)
+        scale = self.shared_scale
+        again = functools.partial(self._int8, scale=scale) if self.passes_by and scale is not None else None
+        y: Tensor = LowBitProduct.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, x.shape[-1]), local_part(self.weight), rows, self.levels(), dtype, self.arithmetic, again,
+            cut.add_up if cut else None,
+        )  # fmt: skip
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias
 
     def _float_forward(self, x: Tensor, warmup: float) -> Tensor:
         """Fake quantization of whichever side is low-bit, blended by ``warmup``: u + warmup * (quantized(u) - u)."""
-        w = self.weight
+        w = local_part(self.weight)
         if self.weight_kind != "none":
             q, inv_scale = self.quantized_weight()
             w = _blend(w, (q / inv_scale).to(w.dtype), warmup)
         if self.act_bits != "none":
             x = _blend(x, fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), warmup)
+        if self.split is not None and self.split.dim == "inputs":
+            y: Tensor = AddUp.apply(F.linear(x, w), self.split)  # type: ignore[no-untyped-call]
+            return y if self.bias is None else y + self.bias
         return F.linear(x, w, self.bias)
 
     def extra_repr(self) -> str:

@@ -18,17 +18,17 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from bitnet.data.tokens import UNSAID
 from bitnet.estimate import flops_per_token
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
-from bitnet.quantizers import WEIGHT_QUANTIZERS
+from bitnet.layers.sharding import share_scales
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import RunProgress
 from bitnet.training.report import RunReport
+from bitnet.training.strategies import data_parallel_size
 from bitnet.training.tensorboard import CUSTOM_SCALARS, SAMPLE, text_image
 
 
@@ -112,7 +112,7 @@ class TrainingMetrics(Callback):
         self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         self._seconds += time.monotonic() - self._started
-        self._tokens += batch["inputs"].numel() * trainer.world_size
+        self._tokens += batch["inputs"].numel() * data_parallel_size(trainer)
         if not is_log_step(trainer, trainer.global_step) or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
@@ -146,12 +146,20 @@ class QuantMetrics(Callback):
 
     @staticmethod
     def quantized(pl_module: LitBitNet) -> dict[str, Tensor]:
-        """int8 weights by layer name; sharded ones are gathered, so every rank must call this."""
+        """int8 weights by layer name: of a spread model the pieces that are here, but every rank must call this."""
         layers = low_bit_layers(pl_module.transformer)
-        if isinstance(pl_module.trainer.strategy, ModelParallelStrategy):
-            full = {name: layer.weight.full_tensor() for name, layer in layers.items()}  # type: ignore[attr-defined]
-            return {n: WEIGHT_QUANTIZERS[layers[n].weight_kind](w)[0].to(torch.int8) for n, w in full.items()}
+        if pl_module.is_spread:
+            share_scales(layers.values())
+            return {name: layer.local_levels() for name, layer in layers.items()}
         return {name: layer.quantized_weight()[0] for name, layer in layers.items()}
+
+    @staticmethod
+    def totals(pl_module: LitBitNet, counts: list[Tensor]) -> Tensor:
+        """Counts (n, m) int64 of all pieces together."""
+        found = torch.stack(counts)
+        if pl_module.is_spread:
+            torch.distributed.all_reduce(found)
+        return found
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: LitBitNet, optimizer: Any) -> None:  # type: ignore[override]
         if is_log_step(trainer, trainer.global_step + 1):
@@ -163,17 +171,31 @@ class QuantMetrics(Callback):
         if not self._before:
             return
         after = self.quantized(pl_module)
-        weights = sum(q.numel() for q in after.values())
-        zeros = sum(int((q == 0).sum()) for q in after.values())
-        flips = sum(int((q != self._before[name]).sum()) for name, q in after.items())
+        counts = [
+            torch.stack(((q == 0).sum(), (q != self._before[name]).sum(), torch.tensor(q.numel(), device=q.device)))
+            for name, q in after.items()
+        ]
+        zeros, flips, weights = self.totals(pl_module, counts).sum(0).tolist()
         log_metrics(trainer, {"quant/zero_fraction": zeros / weights, "quant/flip_rate": flips / weights})
         self._before = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
         quantized = self.quantized(pl_module)
+        if not quantized:
+            return
+        counts = self.totals(pl_module, [torch.stack([(q == v).sum() for v in (-1, 0, 1)]) for q in quantized.values()])
         if writer := tensorboard(trainer):
-            for name, q in quantized.items():
-                writer.add_histogram(f"weights/{name}", q, trainer.global_step, bins=[-1.5, -0.5, 0.5, 1.5])
+            for name, shares in zip(quantized, counts.tolist(), strict=True):
+                _write_histogram(writer, f"weights/{name}", shares, trainer.global_step)
+
+
+def _write_histogram(writer: Any, tag: str, shares: list[int], step: int) -> None:
+    """Counts of -1, 0 and +1 as a histogram of three bins."""
+    edges = (-0.5, 0.5, 1.5)
+    sums = {"num": sum(shares), "sum": shares[2] - shares[0], "sum_squares": shares[0] + shares[2]}
+    writer.add_histogram_raw(
+        tag, min=-1.0, max=1.0, bucket_limits=edges, bucket_counts=shares, global_step=step, **sums
+    )
 
 
 class SampleText(Callback):

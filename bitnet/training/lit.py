@@ -61,6 +61,7 @@ class LitBitNet(L.LightningModule):
         """Whether a checkpoint of this run will fill the model: then nothing is calibrated again."""
         self.model: Transformer | None = None
         self._validation = Score()
+        self._refreshed_at = -1
 
     # ---- building
 
@@ -106,12 +107,23 @@ class LitBitNet(L.LightningModule):
             "block_tokens": getattr(self.recipe, "found", {}).get("block_tokens", 0),
         }
         self._apply_stage(model)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            self._shard(model)
+        if self.is_spread:
+            from bitnet.training.parallel import shard_model  # slow to import, and seldom needed
+
+            assert self.device_mesh is not None
+            self._check_spread()
+            shard_model(model, self.device_mesh)
         if self.compile_blocks:
             for block in model.layers:
                 block.compile()
         self.model = model
+
+    def _check_spread(self) -> None:
+        """Refuse what cannot be computed over several processes as in one."""
+        if getattr(self.recipe, "quantizer_warmup", 0) and getattr(self.trainer.strategy, "gather", "") == "levels":
+            raise UserError(
+                "model.recipe.quantizer_warmup blends latent weights in: set trainer.strategy.gather = latent with it."
+            )
 
     def _load_initial(self, model: Transformer, path: str) -> None:
         """Weights of another run; float and low-bit runs have the same keys."""
@@ -146,16 +158,6 @@ class LitBitNet(L.LightningModule):
     def _check_fits(self, description: dict[str, Any], where: str) -> None:
         checkpoint.check_fits(description, self.config, self.data.tokenizer.to_str(), where)
 
-    def _shard(self, model: Transformer) -> None:
-        """FSDP2: each block gathers its weights when it needs them."""
-        from torch.distributed.fsdp import fully_shard
-
-        assert self.device_mesh is not None
-        mesh = self.device_mesh["data_parallel"]
-        for block in model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.transformer, self.optim)
 
@@ -169,8 +171,23 @@ class LitBitNet(L.LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         apply_schedule(optimizer, self.optim, self.schedule, self.global_step, self.total_steps)
         self._apply_stage(self.transformer)
-        accumulating = self.trainer.accumulate_grad_batches > 1
-        self._hold_quantized(accumulating and not isinstance(self.trainer.strategy, ModelParallelStrategy))
+        if self.is_spread:
+            self._refresh_spread()
+        elif self.trainer.accumulate_grad_batches > 1:
+            self._hold_quantized(True)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether this process holds only a part of each matrix."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def _refresh_spread(self) -> None:
+        """The scales of whole matrices, once for the weights of this step."""
+        from bitnet.training.parallel import refresh
+
+        if self._refreshed_at != self.global_step:
+            refresh(self.transformer, getattr(self.trainer.strategy, "gather", "latent"))
+            self._refreshed_at = self.global_step
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self._hold_quantized(False)
@@ -204,6 +221,8 @@ class LitBitNet(L.LightningModule):
     # ---- validation
 
     def on_validation_epoch_start(self) -> None:
+        if self.is_spread:
+            self._refresh_spread()
         self._validation = Score()
         self._byte_lengths = self.data.tokens.byte_lengths().to(self.device)
 
@@ -214,12 +233,11 @@ class LitBitNet(L.LightningModule):
         score = self._validation
         if self.trainer.world_size > 1:
             totals = torch.tensor([score.nats, score.tokens, score.text_bytes], dtype=torch.float64, device=self.device)
-            gathered = self.all_gather(totals)
-            assert isinstance(gathered, Tensor)
-            nats, tokens, text_bytes = gathered.reshape(-1, 3).sum(dim=0).tolist()
+            torch.distributed.all_reduce(totals)
+            nats, tokens, text_bytes = totals.tolist()
             score = Score(nats, int(tokens), text_bytes)
         metrics = {"val/loss": score.loss, "val/bpb": score.bits_per_byte}
-        self.log_dict(metrics, logger=False)  # for checkpoints and the progress line
+        self.log_dict(metrics, logger=False, sync_dist=self.trainer.world_size > 1)  # for checkpoints and progress
         if self.trainer.logger is not None and not self.trainer.sanity_checking:
             self.trainer.logger.log_metrics(metrics, step=self.global_step)
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitnet.progress import run_console
+from bitnet.training.strategies import data_parallel_size
 
 PLAIN_SECONDS = 10.0
 
@@ -60,7 +61,7 @@ class RunProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
-        tokens = batch["inputs"].numel() * trainer.world_size
+        tokens = batch["inputs"].numel() * data_parallel_size(trainer)
         self._window = [*self._window[-49:], (now, tokens)]
         due = self._bar is not None or now - self._last_print >= PLAIN_SECONDS
         if not self._enabled or not due or (self._bar is not None and batch_idx % 5):

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitnet_kernels.cpu.weights import pack_levels
+
 BLOCK = 256
 """Weights of a block, the unit along K of the formats that the kernels read."""
 
@@ -39,6 +41,8 @@ class PackedFormat:
     bits: float
     planes: int
     pack: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    """``pack`` of what is known to be levels: nothing is checked, and a GPU need not be waited for."""
     unpack: Callable[[Tensor, int | None, int | None], Tensor]
 
     def row_bytes(self, k: int) -> int:
@@ -86,9 +90,14 @@ def _unpack_planes(packed: Tensor, planes: int) -> Tensor:
     return codes.view(packed.shape[0], -1)
 
 
+def encode_ternary2(w: Tensor) -> Tensor:
+    packed = pack_levels(w, 4)
+    return _pack_planes((w + 1).to(torch.uint8), 4, padding=1) if packed is None else packed
+
+
 def pack_ternary2(w: Tensor) -> Tensor:
     """int8 (N, K) in {-1, 0, 1} -> uint8 (N, 64 * ceil(K / 256)). Raises ``ValueError`` for other values or dtypes."""
-    return _pack_planes((_checked(w, (-1, 0, 1)) + 1).to(torch.uint8), 4, padding=1)
+    return encode_ternary2(_checked(w, (-1, 0, 1)))
 
 
 def unpack_ternary2(packed: Tensor, n: int | None = None, k: int | None = None) -> Tensor:
@@ -96,9 +105,14 @@ def unpack_ternary2(packed: Tensor, n: int | None = None, k: int | None = None) 
     return (_unpack_planes(packed, 4)[:n, :k].to(torch.int8) - 1).contiguous()
 
 
+def encode_binary1(w: Tensor) -> Tensor:
+    packed = pack_levels(w, 8)
+    return _pack_planes((w > 0).to(torch.uint8), 8, padding=0) if packed is None else packed
+
+
 def pack_binary1(w: Tensor) -> Tensor:
     """int8 (N, K) in {-1, 1} -> uint8 (N, 32 * ceil(K / 256)). Raises ``ValueError`` for other values or dtypes."""
-    return _pack_planes((_checked(w, (-1, 1)) > 0).to(torch.uint8), 8, padding=0)
+    return encode_binary1(_checked(w, (-1, 1)))
 
 
 def unpack_binary1(packed: Tensor, n: int | None = None, k: int | None = None) -> Tensor:
@@ -106,14 +120,18 @@ def unpack_binary1(packed: Tensor, n: int | None = None, k: int | None = None) -
     return (_unpack_planes(packed, 8)[:n, :k].to(torch.int8) * 2 - 1).contiguous()
 
 
-def pack_ternary_base3(w: Tensor) -> Tensor:
-    """int8 (N, K) in {-1, 0, 1} -> uint8 (N, ceil(K / 5)). Raises ``ValueError`` for other values or dtypes."""
-    codes = (_checked(w, (-1, 0, 1)) + 1).to(torch.uint8)
+def encode_ternary_base3(w: Tensor) -> Tensor:
+    codes = (w + 1).to(torch.uint8)
     digits = F.pad(codes, (0, -w.shape[1] % 5), value=1).view(w.shape[0], -1, 5)
     packed = torch.zeros_like(digits[:, :, 0])
     for i in reversed(range(5)):
         packed = packed * 3 + digits[:, :, i]
     return packed
+
+
+def pack_ternary_base3(w: Tensor) -> Tensor:
+    """int8 (N, K) in {-1, 0, 1} -> uint8 (N, ceil(K / 5)). Raises ``ValueError`` for other values or dtypes."""
+    return encode_ternary_base3(_checked(w, (-1, 0, 1)))
 
 
 def unpack_ternary_base3(packed: Tensor, n: int | None = None, k: int | None = None) -> Tensor:
@@ -130,8 +148,10 @@ def unpack_ternary_base3(packed: Tensor, n: int | None = None, k: int | None = N
 FORMATS: dict[str, PackedFormat] = {
     f.name: f
     for f in (
-        PackedFormat("ternary2", (-1, 0, 1), 2.0, 4, pack_ternary2, unpack_ternary2),
-        PackedFormat("binary1", (-1, 1), 1.0, 8, pack_binary1, unpack_binary1),
-        PackedFormat("ternary_base3", (-1, 0, 1), 1.6, 0, pack_ternary_base3, unpack_ternary_base3),
+        PackedFormat("ternary2", (-1, 0, 1), 2.0, 4, pack_ternary2, encode_ternary2, unpack_ternary2),
+        PackedFormat("binary1", (-1, 1), 1.0, 8, pack_binary1, encode_binary1, unpack_binary1),
+        PackedFormat(
+            "ternary_base3", (-1, 0, 1), 1.6, 0, pack_ternary_base3, encode_ternary_base3, unpack_ternary_base3
+        ),
     )
 }

@@ -1,0 +1,110 @@
+"""One process of several that train the same small model; the first one writes what came out. Run by torchrun's rules.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python spread_worker.py OUT.pt mode [mode ...]
+
+A mode is kind:layout:gather:ffn, as in ternary:fsdp:levels:64; layouts are ddp, fsdp, tp (all processes) and tp2 (pairs,
+the rest is data parallel).
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from bitnet import BitNet, ModelConfig, Transformer
+from bitnet.layers import low_bit_layers
+from bitnet.loss import next_token_loss
+from bitnet.training.parallel import refresh, shard_model
+
+ROWS, STEPS, LR = 8, 12, 3e-3
+
+
+def new_model(kind: str, ffn: int) -> Transformer:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=ffn, max_seq_len=32)
+    model = Transformer(config)
+    BitNet(weight=kind, act_bits=8 if kind != "none" else "none").prepare(model)
+    return model
+
+
+def batches() -> list[dict[str, Tensor]]:
+    """Rows with something to learn: each token is the one before it times 5 plus 1, or any other one time in five."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(STEPS):
+        ids = torch.randint(96, (ROWS, 33), generator=generator)
+        follow = torch.rand(ROWS, 33, generator=generator) < 0.8
+        for t in range(1, 33):
+            ids[:, t] = torch.where(follow[:, t], (ids[:, t - 1] * 5 + 1) % 96, ids[:, t])
+        found.append({"inputs": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()})
+    return found
+
+
+def rows_of(batch: dict[str, Tensor], part: int, parts: int) -> dict[str, Tensor]:
+    return {name: value.chunk(parts)[part] for name, value in batch.items()}
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), fused=True)
+
+
+def whole(tensor: Any, like: Any = None) -> Tensor:
+    """All of a spread tensor; ``like`` is the parameter whose pieces a plain tensor has."""
+    if isinstance(like, DTensor):
+        tensor = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
+    world = dist.get_world_size()
+    groups = {"tp": world, "tp2": 2}.get(layout, 1)
+    model = new_model(kind, int(ffn))
+    trained: nn.Module = model
+    part, parts = dist.get_rank() // groups, world // groups
+    if layout == "ddp":
+        trained = nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (parts, groups), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        shard_model(model, mesh)
+    spread = layout != "ddp"
+    optimizer = optimizer_of(model)
+    result: dict[str, Any] = {"losses": []}
+    for step, batch in enumerate(batches()):
+        if spread:
+            refresh(model, gather)
+        if step == 0:
+            result["levels"], result["scales"], result["packed"] = {}, {}, 0
+            for name, layer in low_bit_layers(model).items():
+                here = layer.local_levels() if spread else layer.quantized_weight()[0]
+                result["levels"][name] = whole(here, layer.weight)
+                result["scales"][name] = (layer.shared_scale if spread else layer.levels()).inv_scale
+                result["packed"] += layer.weight_holds_levels
+        loss = next_token_loss(trained, rows_of(batch, part, parts))
+        loss.backward()
+        if step == 0:
+            result["gradients"] = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        result["losses"].append(float(mean) / world)
+    result["weights"] = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {mode: run(*mode.split(":")) for mode in sys.argv[2:]}
+    if dist.get_rank() == 0:
+        torch.save(results, sys.argv[1])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
