@@ -109,7 +109,7 @@ def choose(shape: Shape, planes: int) -> Tile:
 
 @dataclass(frozen=True)
 class Int8Tile:
-    """A tile of the int8 product of training: its rows and columns, inputs a step, and rows of tiles that go together."""
+    """A tile of the int8 product of training: rows, columns, inputs a step; and how many rows of tiles go together."""
 
     rows: int
     columns: int
@@ -125,7 +125,7 @@ def int8_shared_bytes(tile: Int8Tile, arch: int) -> int:
 
 
 def int8_tile(arch: int, m: int) -> Int8Tile:
-    """The shipped choice for a product of m rows. A warp group of 9.0 multiplies 64 rows by up to 256 columns at once."""
+    """The shipped choice for m rows. From 9.0 on, a matrix instruction takes up to 256 columns."""
     if m <= 64:
         return Int8Tile(rows=64, columns=128, warps=4, stages=4 if arch >= 90 else 3)
     if arch >= 90:
