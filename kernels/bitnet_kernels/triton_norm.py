@@ -70,7 +70,6 @@ def rms_norm_backward_kernel(
     """Rows p, p + programs, ... of dx, and the part of the weight's gradient that they add up to."""
     k = tl.arange(0, BK)
     ok = k < K
-    weight = tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32)
     total = tl.zeros((BK,), dtype=tl.float32)
     for row in range(tl.program_id(0), M, tl.num_programs(0)):
         at = tl.cast(row, tl.int64)
@@ -79,7 +78,8 @@ def rms_norm_backward_kernel(
         r = tl.load(r_ptr + at)
         unit = loaded.to(tl.float32) * r
         total += dy * unit.to(loaded.dtype).to(tl.float32)
-        g = dy * weight
+        # The weight is read for each row, from the cache: kept, it would push wide rows out of the registers.
+        g = dy * tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32)
         mean = tl.div_rn(tl.sum(g * unit, axis=0), K.to(tl.float32))
         tl.store(dx_ptr + at * K + k, ((g - unit * mean) * r).to(dx_ptr.dtype.element_ty), mask=ok)
     tl.store(part_ptr + tl.program_id(0).to(tl.int64) * K + k, total, mask=ok)
