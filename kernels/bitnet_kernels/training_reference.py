@@ -15,7 +15,7 @@ def int8_matmul(
 ) -> Tensor:
     total = torch._int_mm(a.contiguous(), b.contiguous().t())
     inv = row_inv_scale if inv_scale is None else row_inv_scale * inv_scale
-    return (total.float() / inv.view(-1, 1)).to(out_dtype or torch.float32)
+    return (total.float() / inv.reshape(-1, 1)).to(out_dtype or torch.float32)
 
 
 def _quantize(x: Tensor, absmax: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def quantize_rows(x: Tensor, transposed: bool, floor: float) -> tuple[Tensor, Te
 def quantize_columns(x: Tensor, row_inv_scale: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
     x = x.detach().float()
     if row_inv_scale is not None:
-        x = x / row_inv_scale.view(-1, 1)
+        x = x / row_inv_scale.reshape(-1, 1)
     x = x.t()
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
     q, inv_scale = _quantize(x, absmax, floor)
@@ -69,7 +69,7 @@ def norm_quantize(
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dy, x, r = dy.detach().float(), x.detach(), rstd.view(-1, 1)
+    dy, x, r = dy.detach().float(), x.detach(), rstd.reshape(-1, 1)
     unit = x.float() * r
     g = dy * weight.detach().float()
     dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * r

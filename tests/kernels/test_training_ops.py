@@ -268,6 +268,33 @@ def test_norm_backward(run: Run, m: int, k: int, dtype: torch.dtype) -> None:
         assert float((found.double() - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("quantize_rows", (True, 1e-5)),
+        ("quantize_columns", (None, 1e-5)),
+        ("ternary_weight", (torch.tensor(2.0),)),
+        ("binary_weight", (torch.tensor(0.1),)),
+        ("norm_quantize", (torch.ones(30), 1e-5, True)),
+    ],
+)
+def test_rows_of_a_wider_matrix(run: Run, name: str, more: tuple[Any, ...]) -> None:
+    x = awkward(5, 40)[:, 3:33]
+    for strided, dense in zip(run(name, x, *more), run(name, x.contiguous(), *more), strict=True):
+        assert same(strided, dense)
+
+
+def test_norm_backward_of_wider_matrices(run: Run) -> None:
+    x, dy = awkward(5, 40)[:, 3:33], torch.randn(5, 50)[:, 20:]
+    more = torch.randn(30), torch.rand(5)
+    for strided, dense in zip(
+        run("rms_norm_backward", dy, x, *more),
+        run("rms_norm_backward", dy.contiguous(), x.contiguous(), *more),
+        strict=True,
+    ):
+        assert same(strided, dense)
+
+
 def test_three_products_of_a_layer(run: Run) -> None:
     """The gradients of a layer in int8 are those of its exact backward, to within the rounding of dy."""
     m, n, k = 33, 20, 50
