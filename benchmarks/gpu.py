@@ -31,7 +31,11 @@ SMALL = {**BITNET_2B, "vocab_size": 512, "dim": 128, "n_layers": 2, "n_heads": 4
 
 def run_tests(out: Path, dry: bool) -> dict[str, Any]:
     """The kernel tests on the device, and packed models against training."""
-    targets = ["tests/kernels/test_triton_numbers.py", "tests/inference/test_gpu.py"]
+    targets = [
+        "tests/kernels/test_triton_numbers.py",
+        "tests/kernels/test_training_ops.py",
+        "tests/inference/test_gpu.py",
+    ]
     env = {**os.environ, "TRITON_INTERPRET": "1" if dry else "0"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *targets]

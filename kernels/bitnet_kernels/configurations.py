@@ -105,3 +105,29 @@ def key_of(shape: Shape, planes: int) -> str:
 def choose(shape: Shape, planes: int) -> Tile:
     """The tile for a product: a tuned one if there is one for this very shape, else the table's."""
     return _tuned().get(key_of(shape, planes)) or table(shape, planes)
+
+
+@dataclass(frozen=True)
+class Int8Tile:
+    """A tile of the int8 product of training: rows, columns, inputs a step; and how many rows of tiles go together."""
+
+    rows: int
+    columns: int
+    depth: int = 128
+    warps: int = 8
+    stages: int = 3
+    group: int = 8
+
+
+def int8_shared_bytes(tile: Int8Tile, arch: int) -> int:
+    """Shared memory of a tile's buffers (the matrix unit of 9.0 and later holds a stage more)."""
+    return (tile.rows + tile.columns) * tile.depth * (tile.stages if arch >= 90 else tile.stages - 1)
+
+
+def int8_tile(arch: int, m: int) -> Int8Tile:
+    """The shipped choice for m rows. From 9.0 on, a matrix instruction takes up to 256 columns."""
+    if m <= 64:
+        return Int8Tile(rows=64, columns=128, warps=4, stages=4 if arch >= 90 else 3)
+    if arch >= 90:
+        return Int8Tile(rows=128, columns=256, stages=4)
+    return Int8Tile(rows=128, columns=128, stages=3)

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from bitnet_kernels.formats import FORMATS
 
+ABSMAX_FLOOR = 1e-5
+"""A row of activations whose largest magnitude is below this is quantized as if it were this."""
+
 
 def matmul_reference(x: Tensor, w: Tensor) -> Tensor:
     """x int8 (M, K), w int8 (N, K) -> ``x @ w.T`` as int32 (M, N), exact. Raises ``ValueError`` for other dtypes."""
@@ -59,7 +62,7 @@ def rms_norm_quantize_reference(x: Tensor, weight: Tensor | None, eps: float) ->
         x = weight * y.to(x.dtype)
     x = x.float()
     absmax = x.abs().amax(dim=-1, keepdim=True)
-    inv_scale = 127.0 / absmax.clamp(min=1e-5)
+    inv_scale = 127.0 / absmax.clamp(min=ABSMAX_FLOOR)
     finite = absmax < float("inf")
     q = torch.where(finite, (x * inv_scale).round(), 0.0).to(torch.int8)
     return q, torch.where(finite, inv_scale, float("nan")), q.sum(dim=-1, dtype=torch.int32)

@@ -252,7 +252,7 @@ def packed_matmul(
         return out
     row_sum = x.sum(dim=-1, dtype=torch.int32) if row_sum is None else row_sum
     row_bytes = packed.shape[1]
-    tile = tile or choose(Shape(_architecture(x), m, n, row_bytes), planes)
+    tile = tile or choose(Shape(architecture(x), m, n, row_bytes), planes)
     steps = -(-row_bytes // tile.bytes)
     split = min(tile.split_k, steps)
     part = -(-steps // split) * tile.bytes
@@ -301,7 +301,8 @@ def _grouped(
     return out
 
 
-def _architecture(x: Tensor) -> int:
+def architecture(x: Tensor) -> int:
+    """The compute capability of the device of x: 90 for 9.0."""
     if not x.is_cuda:
         return 90  # interpreted: any table will do
     major, minor = torch.cuda.get_device_capability(x.device)

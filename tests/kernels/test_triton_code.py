@@ -9,23 +9,31 @@ from typing import Any
 
 import pytest
 
-from bitnet_kernels.configurations import SHARED_KB, Shape, shared_bytes, table
+from bitnet_kernels.configurations import SHARED_KB, Shape, int8_shared_bytes, int8_tile, shared_bytes, table
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def compile_in_a_process(script: str, cache: Path) -> list[dict[str, Any]]:
+    """What a script of this folder prints: in this process Triton interprets, and so cannot compile."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_ahead.py"))], capture_output=True, text=True, env=env
-    )
+    env["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run([sys.executable, "-m", f"tests.kernels.{script}"], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return compile_in_a_process("compile_ahead", tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return compile_in_a_process("compile_training", tmp_path_factory.mktemp("triton"))
 
 
 def test_all_were_compiled(compiled) -> None:
@@ -33,8 +41,8 @@ def test_all_were_compiled(compiled) -> None:
     assert {r["arch"] for r in compiled if r["kernel"] == "norm"} == {80, 89, 90, 100}
 
 
-def test_no_stack_no_spills(compiled) -> None:
-    for row in compiled:
+def test_no_stack_no_spills(compiled, training) -> None:
+    for row in compiled + training:
         assert row["stack"] == 0, row
         assert row["spills"] == 0, row
         assert row["registers"] <= 255, row
@@ -57,9 +65,28 @@ def test_int8_matrix_units_and_copies_of_16_bytes(compiled) -> None:
         assert row["copies_of_16_bytes"] > 0, row
 
 
-def test_no_multiply_and_add_is_fused(compiled) -> None:
+def test_no_multiply_and_add_is_fused(compiled, training) -> None:
     """What the CPU rounds twice is rounded twice. The assembler's own steps inside a division are not in the PTX."""
-    assert [r["ptx_fused_multiply_add"] for r in compiled] == [0] * len(compiled)
+    assert [r["ptx_fused_multiply_add"] for r in compiled + training] == [0] * len(compiled + training)
+
+
+def test_training_kernels(training) -> None:
+    """All of them for all architectures; products by the matrix unit, with copies of 16 bytes; shared memory fits."""
+    assert len(training) == 4 * 13
+    for row in training:
+        assert row["copies_of_16_bytes"] > 0, row
+        assert row["shared"] <= SHARED_KB[row["arch"]] * 1024, row
+        if "int8_matmul" in row["kernel"]:
+            tile = int8_tile(row["arch"], 64 if "64 rows" in row["kernel"] else 4096)
+            assert row["int8_matrix"] > 0, row
+            assert row["ptx_int8_matrix"] > 0, row
+            assert row["shared"] <= int8_shared_bytes(tile, row["arch"]) * 1.1, row
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_KB))
+def test_every_tile_of_the_training_product_fits(arch: int) -> None:
+    for m in (1, 64, 65, 4096):
+        assert int8_shared_bytes(int8_tile(arch, m), arch) <= SHARED_KB[arch] * 1024
 
 
 def test_ptx_saves_integer_work(compiled) -> None:
