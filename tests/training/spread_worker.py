@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python spread_worker.py OUT.pt mode [mode ...]
 
-A mode is kind:layout:gather:ffn, as in ternary:fsdp:levels:64; layouts are ddp, fsdp, tp (all processes) and tp2 (pairs,
+A mode is kind:layout:gather:ffn, as in ternary:fsdp:levels:64; layouts are ddp, fsdp, tp (all processes), tp2 (pairs;
 the rest is data parallel).
 """
 
