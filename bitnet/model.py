@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bitnet.config import ModelConfig
+from bitnet_kernels import rms_norm as cpu_norm
 from bitnet_kernels.cpu import native
 
 
@@ -62,6 +63,8 @@ class RMSNorm(nn.Module):
             from bitnet_kernels.triton_norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
+        if torch.is_grad_enabled() and cpu_norm.takes(x, self.weight):
+            return cpu_norm.rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 from bitnet.quantizers import ACTIVATION_QUANTIZERS, quantize_int8_absmax
 from bitnet_kernels import packed_matmul, rms_norm_quantize
 from bitnet_kernels.gradients import input_gradient, weight_gradient
+from bitnet_kernels.training_ops import int8_matmul
 
 MAX_EXACT_K = 2**24 // 127
 """Most inputs for which a float32 sum of int8 x {-1, 0, 1} products is exact (132,104)."""
@@ -108,9 +109,11 @@ def quantize_rows(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] | No
     return rows
 
 
-def _forward(rows: Rows, levels: Levels, reduce: Callable[[Tensor], None] | None) -> Tensor:
+def _forward(rows: Rows, levels: Levels, on_int8_units: bool, reduce: Callable[[Tensor], None] | None) -> Tensor:
     """Float32 (M, N). ``reduce`` adds up the sums of processes that hold some of the inputs each: exactly."""
     (n, k), scales = levels.q.shape, rows.inv_scale * levels.inv_scale
+    if on_int8_units and reduce is None:
+        return int8_matmul(rows.q, levels.q, rows.inv_scale.flatten(), levels.inv_scale)
     if levels.packed is None:
         total = integer_matmul(rows.q, levels.q)
     elif reduce is None:
@@ -148,7 +151,8 @@ class LowBitProduct(torch.autograd.Function):
         ctx.save_for_backward(rows.q, rows.inv_scale, kept, levels.inv_scale)
         ctx.dtypes = x.dtype, weight.dtype
         ctx.arithmetic, ctx.levels_again = arithmetic, levels_again
-        return _forward(rows, levels, reduce).to(dtype)
+        on_int8_units = arithmetic.forward == "int8" and rows.q.is_cuda
+        return _forward(rows, levels, on_int8_units, reduce).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

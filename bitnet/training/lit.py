@@ -14,7 +14,7 @@ from bitnet.config import ModelConfig, OptimConfig, ScheduleConfig
 from bitnet.data.calibration import spaced_batches
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError
-from bitnet.layers import low_bit_layers
+from bitnet.layers import Arithmetic, low_bit_layers
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
 from bitnet.recipes import Progress, Recipe, no_progress
@@ -22,6 +22,7 @@ from bitnet.training.optim import apply_schedule, build_optimizer
 
 DEFAULT_OPTIM = OptimConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
+DEFAULT_ARITHMETIC = Arithmetic()
 
 
 class LitBitNet(L.LightningModule):
@@ -34,6 +35,7 @@ class LitBitNet(L.LightningModule):
         schedule: Learning rate and weight decay over the run.
         init_from: Run folder or checkpoint whose weights to start from; null for random weights.
         calibration_rows: Rows of the training text that a recipe may look at before training begins.
+        arithmetic: On which units low-bit layers multiply while training.
         compile: Compile each block with torch.compile.
         matmul_precision: Precision of float32 matmuls (torch.set_float32_matmul_precision).
     """
@@ -46,6 +48,7 @@ class LitBitNet(L.LightningModule):
         schedule: ScheduleConfig = DEFAULT_SCHEDULE,
         init_from: str | None = None,
         calibration_rows: int = 128,
+        arithmetic: Arithmetic = DEFAULT_ARITHMETIC,
         compile: bool = False,
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
     ) -> None:
@@ -53,7 +56,7 @@ class LitBitNet(L.LightningModule):
         self.config = config
         self.recipe, self.optim, self.schedule = recipe, optim, schedule
         self.init_from, self.compile_blocks, self.matmul_precision = init_from, compile, matmul_precision
-        self.calibration_rows = calibration_rows
+        self.calibration_rows, self.arithmetic = calibration_rows, arithmetic
         self.calibration_progress: Progress = no_progress
         self.preparation: dict[str, float] = {}
         """What the recipe has cost before the first step."""
@@ -107,6 +110,8 @@ class LitBitNet(L.LightningModule):
             "block_tokens": getattr(self.recipe, "found", {}).get("block_tokens", 0),
         }
         self._apply_stage(model)
+        for layer in low_bit_layers(model).values():
+            layer.arithmetic = self.arithmetic
         if self.is_spread:
             from bitnet.training.parallel import shard_model  # slow to import, and seldom needed
 

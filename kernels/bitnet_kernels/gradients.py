@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels.cpu import native
+from bitnet_kernels.training_ops import GRADIENT_FLOOR, MAX_INT8_K, int8_matmul, quantize_columns, quantize_rows
 
 LEVELS = {1: 127.0, 2: 127.0 * 257.0}
-MAX_TERMS = (2**31 - 1) // (128 * 128)
-"""Most terms of a sum of int8 products that int32 certainly holds (131,071)."""
-
 
 def _takes(g: Tensor) -> bool:
     return g.is_cpu and type(g) is Tensor and not torch.compiler.is_compiling() and native.library() is not None
@@ -97,17 +95,30 @@ def cpu_multiplies_int8_exactly() -> bool:
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """int8 (M, K) @ int8 (K, N) -> int32 (M, N), exact; float32 sums where there are no integer units.
 
-    Raises ``ValueError`` for more than ``MAX_TERMS`` terms.
+    Raises ``ValueError`` for more than ``MAX_INT8_K`` terms.
     """
-    if a.shape[1] > MAX_TERMS:
-        raise ValueError(f"sums of {a.shape[1]} int8 products may not fit int32; at most {MAX_TERMS}")
+    if a.shape[1] > MAX_INT8_K:
+        raise ValueError(f"sums of {a.shape[1]} int8 products may not fit int32; at most {MAX_INT8_K}")
     if a.is_cpu and cpu_multiplies_int8_exactly():
         return torch._int_mm(a, b)
     return torch.mm(a.float(), b.float())
 
 
+def _on_gpu(digits: tuple[Tensor, Tensor | None], other: Tensor, inv_scale: Tensor, scale: Tensor | None) -> Tensor:
+    """digits int8 (M, N), other int8 (K, N) -> float32 (M, K), scaled, by the int8 units of a GPU."""
+    high, low = (None if part is None else int8_matmul(part, other, inv_scale, scale) for part in digits)
+    assert high is not None
+    return high if low is None else high.mul_(256.0).add_(low)
+
+
 def input_gradient(g: Tensor, w_q: Tensor, w_inv_scale: Tensor, digits: int) -> Tensor:
     """g (M, N), levels int8 (N, K), their scale () -> float32 (M, K): ``g @ w_q / w_inv_scale``."""
+    if g.is_cuda:
+        if digits == 1:
+            q, inv_scale, _ = quantize_rows(g, floor=GRADIENT_FLOOR)
+            return _on_gpu((q, None), w_q.t().contiguous(), inv_scale, w_inv_scale)
+        high, low, inv_scale = gradient_digits(g, digits)
+        return _on_gpu((high, low), w_q.t().contiguous(), inv_scale, w_inv_scale)
     high, low, inv_scale = gradient_digits(g, digits)
     sums = [None if part is None else int8_product(part, w_q) for part in (high, low)]
     assert sums[0] is not None
@@ -116,6 +127,13 @@ def input_gradient(g: Tensor, w_q: Tensor, w_inv_scale: Tensor, digits: int) -> 
 
 def weight_gradient(g: Tensor, x_q: Tensor, x_inv_scale: Tensor, digits: int) -> Tensor:
     """g (M, N), activations int8 (M, K) and their scales (M, 1) -> float32 (N, K): ``(g / x_inv_scale).T @ x_q``."""
+    if g.is_cuda:
+        if digits == 1:
+            q, inv_scale = quantize_columns(g, x_inv_scale.flatten())
+            return _on_gpu((q, None), x_q.t().contiguous(), inv_scale, None)
+        high, low, inv_scale = gradient_digits(g, digits, x_inv_scale.flatten(), per_column=True)
+        columns = high.t().contiguous(), None if low is None else low.t().contiguous()
+        return _on_gpu(columns, x_q.t().contiguous(), inv_scale, None)
     high, low, inv_scale = gradient_digits(g, digits, x_inv_scale.flatten(), per_column=True)
     sums = [None if part is None else int8_product(part.t(), x_q) for part in (high, low)]
     assert sums[0] is not None

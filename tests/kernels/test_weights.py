@@ -11,13 +11,13 @@ from bitnet_kernels import FORMATS
 from bitnet_kernels.cpu import native, weights
 from bitnet_kernels.gradients import (
     LEVELS,
-    MAX_TERMS,
     _gradient_digits,
     gradient_digits,
     input_gradient,
     int8_product,
     weight_gradient,
 )
+from bitnet_kernels.training_ops import MAX_INT8_K
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
@@ -142,5 +142,5 @@ def test_gradients_against_float64(digits, tolerance) -> None:
 def test_int8_products_are_exact_and_too_long_ones_refused() -> None:
     a = torch.full((3, 4096), -128, dtype=torch.int8)
     assert torch.equal(int8_product(a, a.t()).long(), torch.full((3, 3), 4096 * 128 * 128))
-    with pytest.raises(ValueError, match=str(MAX_TERMS)):
-        int8_product(torch.zeros(1, MAX_TERMS + 1, dtype=torch.int8), torch.zeros(MAX_TERMS + 1, 1, dtype=torch.int8))
+    with pytest.raises(ValueError, match=str(MAX_INT8_K)):
+        int8_product(torch.zeros(1, MAX_INT8_K + 1, dtype=torch.int8), torch.zeros(MAX_INT8_K + 1, 1, dtype=torch.int8))

@@ -142,5 +142,88 @@ void bitnet_norm(
     }
 }
 
+typedef struct {
+    const float *x, *weight, *rstd, *grad;
+    int64_t m, k;
+    float eps;
+    int lanes;
+    float *y, *grad_x;
+} norm_args;
+
+INLINE void norm_rows(const norm_args *a, int64_t from, int64_t to, float *rstd) {
+    for (int64_t i = from; i < to; i++) {
+        const float *x = a->x + i * a->k;
+        const float r = 1.0f / sqrtf(mean_of_squares(x, a->k, a->lanes) + a->eps);
+        for (int64_t j = 0; j < a->k; j++) a->y[i * a->k + j] = a->weight[j] * (x[j] * r);
+        rstd[i] = r;
+    }
+}
+
+// With n = x * r: d weight += grad * n, d x = r * (grad * weight - n * mean(grad * weight * n)).
+INLINE void norm_gradient_rows(const norm_args *a, int64_t from, int64_t to, float *grad_weight) {
+    const int64_t k = a->k;
+    for (int64_t i = from; i < to; i++) {
+        const float *x = a->x + i * k, *g = a->grad + i * k, r = a->rstd[i];
+        float *out = a->grad_x + i * k, part[16] = {0}, mean = 0;
+        int64_t j = 0;
+        for (; j + 16 <= k; j += 16)
+            for (int lane = 0; lane < 16; lane++) part[lane] += g[j + lane] * a->weight[j + lane] * x[j + lane];
+        for (; j < k; j++) mean += g[j] * a->weight[j] * x[j];
+        for (int lane = 0; lane < 16; lane++) mean += part[lane];
+        mean = mean * r * r / (float)k;
+        for (j = 0; j < k; j++) {
+            grad_weight[j] += g[j] * x[j] * r;
+            out[j] = r * (g[j] * a->weight[j] - x[j] * mean);
+        }
+    }
+}
+
+static void norm_portable(const norm_args *a, int64_t from, int64_t to, float *rstd) { norm_rows(a, from, to, rstd); }
+static void gradient_portable(const norm_args *a, int64_t from, int64_t to, float *grad_weight) {
+    norm_gradient_rows(a, from, to, grad_weight);
+}
+#if defined(__x86_64__)
+TARGET_AVX512 static void norm_avx512(const norm_args *a, int64_t from, int64_t to, float *rstd) {
+    norm_rows(a, from, to, rstd);
+}
+TARGET_AVX512 static void gradient_avx512(const norm_args *a, int64_t from, int64_t to, float *grad_weight) {
+    norm_gradient_rows(a, from, to, grad_weight);
+}
+#endif
+
+// As bitnet_norm, and rstd (M) for the backward.
+void bitnet_norm_forward(
+    const float *x, int64_t m, int64_t k, const float *weight, float eps, int lanes, float *y, float *rstd, int threads,
+    int isa) {
+    const norm_args a = {x, weight, NULL, NULL, m, k, eps, lanes, y, NULL};
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int part = 0; part < threads; part++) {
+        const int64_t from = m * part / threads, to = m * (part + 1) / threads;
+#if defined(__x86_64__)
+        if (isa >= AVX512) norm_avx512(&a, from, to, rstd);
+        else
+#endif
+            norm_portable(&a, from, to, rstd);
+    }
+    (void)isa;
+}
+
+// grad (M, K) of the output -> grad_x (M, K), grad_weight (threads, K): one part for each thread, zero before.
+void bitnet_norm_backward(
+    const float *grad, const float *x, const float *weight, const float *rstd, int64_t m, int64_t k, float *grad_x,
+    float *grad_weight, int threads, int isa) {
+    const norm_args a = {x, weight, rstd, grad, m, k, 0, 0, NULL, grad_x};
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int part = 0; part < threads; part++) {
+        const int64_t from = m * part / threads, to = m * (part + 1) / threads;
+#if defined(__x86_64__)
+        if (isa >= AVX512) gradient_avx512(&a, from, to, grad_weight + part * k);
+        else
+#endif
+            gradient_portable(&a, from, to, grad_weight + part * k);
+    }
+    (void)isa;
+}
+
 // The mean of squares alone, for finding out which order torch adds in.
 float bitnet_mean_of_squares(const float *x, int64_t k, int lanes) { return mean_of_squares(x, k, lanes); }
