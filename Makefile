@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.train
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/bitnet bench train --compare float,ternary,ternary_int16,ternary_int8,binary --threads 1,2
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

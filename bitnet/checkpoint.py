@@ -18,6 +18,7 @@ from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.model import Transformer, without_memory
 from bitnet.recipes import RECIPES, Recipe
+from bitnet.sharded_checkpoint import is_sharded, read_sharded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -76,23 +77,26 @@ def write_run(
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
-    """The .ckpt file meant by ``path``: itself, or ``checkpoints/<which>.ckpt`` of a run folder."""
+    """The .ckpt file (or sharded folder) meant by ``path``: itself, or ``checkpoints/<which>.ckpt`` of a run folder."""
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or is_sharded(path):
         return path
     if not path.exists():
         raise UserError(f"{path}: no such run folder or checkpoint.")
     file = path / "checkpoints" / f"{which}.ckpt"
-    if not file.is_file():
+    if not (file.is_file() or is_sharded(file)):
         raise UserError(f"{path}: holds no checkpoints/{which}.ckpt; is it the folder of a run that has saved?")
     return file
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The whole content of a checkpoint on the CPU. Raises ``UserError`` when it is damaged or not one of ours."""
+    """The content of a checkpoint on the CPU; of a sharded one all but the optimizer.
+
+    Raises ``UserError`` when it is damaged or not one of ours.
+    """
     file = find_checkpoint(path)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = read_sharded(file) if is_sharded(file) else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{file}: not a readable checkpoint ({reason[:120]}).") from error

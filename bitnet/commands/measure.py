@@ -177,6 +177,34 @@ def bench_decode(args: argparse.Namespace) -> None:
     )
 
 
+def bench_train(args: argparse.Namespace) -> None:
+    """Time of a training step of several recipes, side by side, at the shapes of a config."""
+    from bitnet.training.bench import bench_train as run
+    from bitnet.training.cli import parse_config
+
+    check_outputs(args)
+    check_device(args.device)
+    parsed = parse_config(["--config", args.config])
+    import torch
+
+    run(
+        parsed.model,
+        parsed.optim,
+        args.compare.split(","),
+        label=args.config,
+        rows=args.rows or parsed.data["batch_size"],
+        seq_len=args.seq_len or parsed.data["seq_len"],
+        layers=args.layers,
+        threads=args.threads or [torch.get_num_threads()],
+        steps=args.steps,
+        device=args.device,
+        bf16=args.precision == "bf16",
+        compiled=args.compile,
+        json_file=args.json,
+        plot=args.plot,
+    )
+
+
 def add(command: AddCommand, commands: Any) -> None:
     p = command("evaluate", evaluate)
     p.add_argument("path", help=MODEL_HELP)
@@ -211,6 +239,19 @@ def add(command: AddCommand, commands: Any) -> None:
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--json", metavar="FILE", help="write the figures")
     p.add_argument("--plot", metavar="FILE", help="draw them under the roofline of this machine (.png or .svg)")
+    p = bench_command("train", bench_train)
+    p.add_argument("--config", default="tiny", help="config file or name of a shipped config")
+    p.add_argument("--compare", default="float,ternary,ternary_int8", metavar="R,R", help="recipes; the first is 1.00")
+    p.add_argument("--rows", type=whole_number, help="rows of a batch (default: the config's)")
+    p.add_argument("--seq_len", type=whole_number, help="tokens of a row (default: the config's)")
+    p.add_argument("--layers", type=whole_number, help="blocks (default: the config's)")
+    p.add_argument("--steps", type=whole_number, default=9, help="measured steps of each")
+    p.add_argument("--threads", type=numbers, default=None, metavar="T,T", help="CPU threads, one table each")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16: under autocast")
+    p.add_argument("--compile", action="store_true", help="torch.compile for every block")
+    p.add_argument("--json", metavar="FILE", help="write the figures")
+    p.add_argument("--plot", metavar="FILE", help="draw them (.png or .svg)")
     p = bench_command("decode", bench_decode)
     p.add_argument("model", help="packed model, config file or name of a shipped config")
     p.add_argument("--threads", type=numbers, default=None, metavar="T,T", help="CPU threads, one run each")

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from bitnet.errors import UserError
+from bitnet.sharded_checkpoint import is_sharded
 
 
 def is_first_process() -> bool:
@@ -48,13 +49,14 @@ def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
     """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named."""
     if ckpt_path != "last":
         file = Path(ckpt_path)
-        if file.is_dir():
+        if file.is_dir() and not is_sharded(file):
             file = file / "checkpoints" / "last.ckpt"
-        if not file.is_file():
+        if not (file.is_file() or is_sharded(file)):
             raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
         folder = file.parent.parent if file.parent.name == "checkpoints" else root
         return folder, file
     for folder in reversed(run_family(root)):
-        if (file := folder / "checkpoints" / "last.ckpt").is_file():
+        file = folder / "checkpoints" / "last.ckpt"
+        if file.is_file() or is_sharded(file):
             return folder, file
     raise UserError(f"--ckpt_path last: no run at {root} has saved a checkpoint yet.")

@@ -21,6 +21,7 @@ from bitnet_kernels.training_ops import GRADIENT_FLOOR, MAX_INT8_K, int8_matmul,
 
 LEVELS = {1: 127.0, 2: 127.0 * 257.0}
 
+
 def _takes(g: Tensor) -> bool:
     return g.is_cpu and type(g) is Tensor and not torch.compiler.is_compiling() and native.library() is not None
 

@@ -1,0 +1,79 @@
+"""Checkpoints to which every process has written its part: a folder of ``torch.distributed.checkpoint``.
+
+``meta.pt`` holds what an ordinary checkpoint holds beside tensors; ``.metadata`` says where in the ``.distcp`` files
+which piece of which tensor lies. That file is a pickle, which can run code when it is read. So it is read here by an
+unpickler that knows the few classes it may name, and of the rest only tensors of the model are taken.
+"""
+
+import importlib
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EXTRA = "meta.pt"
+INDEX = ".metadata"
+
+_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_NAMES = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._C", "_get_layout"),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows the classes of an index, dtypes, and nothing that acts."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _NAMES or (module in _MODULES and isinstance(_attribute(module, name), type))
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            known = True
+        if not known or "." in name:
+            raise pickle.UnpicklingError(f"the index names {module}.{name}")
+        return _attribute(module, name)
+
+
+def _attribute(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name, None)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether ``path`` is the folder of such a checkpoint."""
+    return (path / INDEX).is_file() and (path / EXTRA).is_file()
+
+
+def read_sharded(folder: Path) -> dict[str, Any]:
+    """Plain values and the model's tensors, whole, on the CPU. The optimizer's are left where they are."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            with (folder / INDEX).open("rb") as file:
+                index = _IndexUnpickler(file).load()
+            if not isinstance(index, Metadata):
+                raise pickle.UnpicklingError(f"{INDEX} is no index of a checkpoint")
+            if index.storage_meta is None:
+                index.storage_meta = StorageMeta()
+            index.storage_meta.load_id = self.load_id
+            return index
+
+    content: dict[str, Any] = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
+    reader = Reader(folder)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(state, storage_reader=reader, no_dist=True)
+    content["state_dict"] = {name.removeprefix("state_dict."): tensor for name, tensor in state.items()}
+    return content
