@@ -1,6 +1,7 @@
 """What ``bitnet inspect`` prints: the cost of a config before training, the weights of a run after it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from bitnet.checkpoint import find_checkpoint, load_checkpoint, read_checkpoint
 from bitnet.config import ModelConfig
+from bitnet.errors import UserError
 from bitnet.estimate import (
     BITS,
     bits_per_parameter,
@@ -20,6 +22,7 @@ from bitnet.estimate import (
 from bitnet.inference.header import FORMAT_VERSION, read_header
 from bitnet.inference.packing import pack
 from bitnet.layers import FakeQuantizedLinear, level_shares, low_bit_layers, quantized_layers
+from bitnet.scaling import GPUS, Estimate, StrategyName, estimate
 
 SHOWN_FIELDS = (
     "vocab_size",
@@ -91,6 +94,62 @@ def inspect_config(name: str, overrides: list[str]) -> None:
             f"{steps:,} steps, {total / 1e6:,.1f} M tokens, {total * flops_per_token(config, seq_len):.2e} FLOPs"
         )
     _print_facts(str(name), {**facts, **_export_facts(config)})
+
+
+def inspect_scaling(
+    name: str,
+    overrides: list[str],
+    devices: list[int],
+    strategy: StrategyName,
+    gather: str,
+    gpu: str,
+    utilisation: float,
+    json_file: str | None,
+) -> None:
+    """Print memory, communication and speed of training a config on several devices, on paper."""
+    from bitnet.training.cli import parse_config
+
+    if not 0.0 < utilisation <= 1.0:
+        raise UserError(f"--utilisation {utilisation}: a share above 0 and up to 1 is needed.")
+    parsed = parse_config(["--config", name, *overrides])
+    rows, seq_len = parsed.data["batch_size"], parsed.data["seq_len"]
+    weight = str(getattr(parsed.recipe, "weight", "none"))
+    how: Any = {"rows": rows, "seq_len": seq_len, "weight": weight, "strategy": strategy, "gpu": GPUS[gpu]}
+    how |= {"micro_batches": parsed.trainer.get("accumulate_grad_batches") or 1, "utilisation": utilisation}
+    memory = training_memory(
+        parsed.model, weight=weight, act_bits=getattr(parsed.recipe, "act_bits", "none"), rows=rows, seq_len=seq_len,
+        bf16=True,
+    )  # fmt: skip
+    ways = ["latent", "levels"] if gather == "both" else [gather]
+    found = [
+        (way, estimate(parsed.model, memory, devices=n, gather=way, **how))
+        for n in devices
+        for way in (ways if strategy == "fsdp" else ["-"])
+    ]
+    title = (
+        f"{name}, {strategy}, {GPUS[gpu].name} at {utilisation:.0%} of its peak, {how['micro_batches']} x {rows} x "
+        f"{seq_len} tokens a device and step, bf16"
+    )
+    Console(highlight=False, width=120).print(_scaling_table(title, found))
+    if json_file:
+        lines = [
+            {"gather": way, **dataclasses.asdict(e), "sent": e.sent, "tokens_per_s": e.tokens_per_s} for way, e in found
+        ]
+        Path(json_file).write_text(json.dumps({"title": title, "estimates": lines}, indent=1) + "\n", encoding="utf-8")
+
+
+def _scaling_table(title: str, found: list[tuple[str, Estimate]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in (
+        "GPUs", "gathered as", "memory", "weights in", "gradients", "activations", "computing", "sending", "tokens/s",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column == "gathered as" else "right")
+    for way, e in found:
+        table.add_row(
+            f"{e.devices}", way, _size(e.memory), _size(e.gathered), _size(e.reduced), _size(e.activations_sent),
+            f"{e.compute_s:.2f} s", f"{e.communication_s:.2f} s", f"{e.tokens_per_s:,.0f}",
+        )  # fmt: skip
+    return table
 
 
 def inspect_run(path: Path) -> None:

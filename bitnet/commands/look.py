@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitnet.commands.parser import AddCommand, add_text_options
 from bitnet.errors import UserError
+from bitnet.option_checks import check_folder, numbers
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -18,8 +19,17 @@ def inspect(args: argparse.Namespace) -> None:
     target = Path(args.target)
     file = packed_file(target)
     if file is None and not target.is_dir() and target.suffix != ".ckpt":
+        if args.devices is not None:
+            check_folder("--json", args.json)
+            from bitnet.inspection import inspect_scaling
+
+            options = (args.devices, args.strategy, args.gather, args.gpu, args.utilisation)
+            inspect_scaling(args.target, args.overrides, *options, args.json)
+            return
         inspect_config(args.target, args.overrides)
         return
+    if args.devices is not None:
+        raise UserError(f"--devices is about a config that is to be trained; {target} is a run or a packed model.")
     if args.overrides:
         raise UserError(f"{args.overrides[0]}: options change a config, not a run that is finished.")
     if file is None:
@@ -69,6 +79,12 @@ def add(command: AddCommand) -> None:
     p = command("inspect", inspect)
     p.add_argument("target", help="config, name of a shipped config, run folder, checkpoint or packed model")
     p.add_argument("--verify", action="store_true", help="read a packed model and check every digest")
+    p.add_argument("--devices", type=numbers, metavar="N,N", help="cost of training on so many GPUs, on paper")
+    p.add_argument("--strategy", choices=("ddp", "fsdp", "tp"), default="fsdp", help="with --devices")
+    p.add_argument("--gather", choices=("levels", "latent", "both"), default="both", help="fsdp: what is gathered")
+    p.add_argument("--gpu", choices=("h100", "a100", "rtx4090"), default="h100", help="whose data sheet to use")
+    p.add_argument("--utilisation", type=float, default=0.45, help="share of the matrix units' peak, with --devices")
+    p.add_argument("--json", metavar="FILE", help="write the figures of --devices")
     p.set_defaults(overrides=[])
 
     p = command("prepare", prepare)

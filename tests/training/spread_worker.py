@@ -7,6 +7,8 @@ the rest is data parallel).
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +61,24 @@ def whole(tensor: Any, like: Any = None) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@contextmanager
+def counting_gathers() -> Iterator[list[int]]:
+    """Bytes of each all-gather of tensors inside, all pieces together."""
+    sizes: list[int] = []
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.12
+    original = getattr(dist, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        sizes.append((args[0] if args else next(iter(kwargs.values()))).nbytes)
+        return original(*args, **kwargs)
+
+    setattr(dist, name, counted)
+    try:
+        yield sizes
+    finally:
+        setattr(dist, name, original)
+
+
 def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
     world = dist.get_world_size()
     groups = {"tp": world, "tp2": 2}.get(layout, 1)
@@ -83,8 +103,10 @@ def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
                 result["levels"][name] = whole(here, layer.weight)
                 result["scales"][name] = (layer.shared_scale if spread else layer.levels()).inv_scale
                 result["packed"] += layer.weight_holds_levels
-        loss = next_token_loss(trained, rows_of(batch, part, parts))
-        loss.backward()
+        with counting_gathers() as gathered:
+            loss = next_token_loss(trained, rows_of(batch, part, parts))
+            loss.backward()
+        result.setdefault("gathered", sum(gathered))
         if step == 0:
             result["gradients"] = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -141,6 +141,14 @@ def test_packed_gather_changes_no_bit(found, processes, kind, layout, ffn) -> No
     assert (levels["packed"], latent["packed"]) == (10 if ffn == 70 else 14, 0)
 
 
+def test_bytes_of_a_gather(found) -> None:
+    """Two blocks of 7 x 64 rows of 64, twice, with their norms; embedding and last norm once."""
+    rows, norms, root = 2 * 7 * 64, 2 * 4 * 64 * 4, (96 * 64 + 64) * 4
+    expected = {"ternary:fsdp:latent:64": 64 * 4, "ternary:fsdp:levels:64": 256 // 4, "binary:fsdp:levels:64": 256 // 8}
+    for mode, row_bytes in expected.items():  # packed rows are whole blocks of 256 weights
+        assert found[2, mode]["gathered"] == 2 * (rows * row_bytes + norms) + root
+
+
 def test_what_cannot_be_cut_is_refused() -> None:
     model = new_model("ternary", 64)
     with pytest.raises(UserError, match="n_heads = 4 is not a multiple"):

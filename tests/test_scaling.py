@@ -1,0 +1,63 @@
+"""The cost of training on several devices: figures worked out by hand."""
+
+import json
+
+import pytest
+
+from bitnet.__main__ import main
+from bitnet.config import ModelConfig
+from bitnet.estimate import count_parameters, flops_per_token, training_memory
+from bitnet.scaling import GPUS, estimate
+
+CONFIG = ModelConfig(vocab_size=1000, dim=256, n_layers=4, n_heads=4, ffn_dim=512, max_seq_len=128)
+COUNTS = count_parameters(CONFIG)
+MEMORY = training_memory(CONFIG, weight="ternary", act_bits=8, rows=2, seq_len=128, bf16=True)
+
+
+def of(**how):
+    given = {"weight": "ternary", "rows": 2, "seq_len": 128, "micro_batches": 3, "devices": 4, "strategy": "fsdp"}
+    return estimate(CONFIG, MEMORY, **{**given, **how})
+
+
+def test_fully_sharded_by_hand() -> None:
+    linear, norms, table = 4 * (4 * 256 * 256 + 3 * 256 * 512), COUNTS.norms, 1000 * 256
+    assert (linear, table) == (COUNTS.linear, COUNTS.embeddings)
+    packed, latent = of(), of(gather="latent")
+    assert packed.gathered == 3 * 0.75 * (2 * linear / 4 + 8 * norms + 4 * table)
+    assert latent.gathered == 3 * 0.75 * (8 * linear + 8 * norms + 4 * table)
+    assert of(weight="binary").gathered == 3 * 0.75 * (2 * linear / 8 + 8 * norms + 4 * table)
+    assert packed.reduced == latent.reduced == 3 * 0.75 * 4 * COUNTS.total
+    assert packed.memory < latent.memory < MEMORY.total + 16 * COUNTS.total
+
+
+def test_data_and_tensor_parallel_by_hand() -> None:
+    assert of(strategy="ddp").reduced == 2 * 0.75 * 4 * COUNTS.total
+    assert of(strategy="ddp").gathered == 0
+    # Per block two sums forward and two backward of 2 x 128 x 256 numbers; embedding and head one each.
+    assert of(strategy="tp").activations_sent == 3 * 2 * 0.75 * 4 * (2 * 128 * 256) * (4 * 4 + 2)
+    assert of(strategy="tp").tokens == 3 * 2 * 128 and of().tokens == 4 * 3 * 2 * 128
+
+
+def test_a_step_takes_the_longer_of_computing_and_sending() -> None:
+    few = of(utilisation=0.5)
+    assert few.compute_s == pytest.approx(3 * 256 * flops_per_token(CONFIG, 128) / (989e12 * 0.5))
+    assert few.communication_s == pytest.approx(few.sent / 450e9)
+    assert few.tokens_per_s == pytest.approx(few.tokens / max(few.compute_s, few.communication_s))
+    assert of(devices=16).communication_s == pytest.approx(of(devices=16).sent / GPUS["h100"].wide)
+    assert of(int8=True).compute_s < of().compute_s
+
+
+def test_command(tmp_path, capsys) -> None:
+    file = tmp_path / "a.json"
+    assert main(["inspect", "ternary_1b", "--devices", "8,64", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["estimates"]
+    assert [(e["devices"], e["gather"]) for e in found] == [
+        (8, "latent"),
+        (8, "levels"),
+        (64, "latent"),
+        (64, "levels"),
+    ]
+    assert found[1]["gathered"] < found[0]["gathered"] / 7
+    assert "tokens/s" in capsys.readouterr().out
+    assert main(["inspect", "ternary_1b", "--devices", "8", "--utilisation", "0"]) == 2
+    assert main(["inspect", "ternary_1b", "--devices", "0"]) == 2
