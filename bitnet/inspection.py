@@ -64,7 +64,17 @@ def inspect_config(name: str, overrides: list[str]) -> None:
     counts = count_parameters(config)
     bf16 = str(parsed.trainer.get("precision") or "").startswith("bf16")
     rows, seq_len = data["batch_size"], data["seq_len"]
-    memory = training_memory(config, weight=weight, act_bits=act_bits, rows=rows, seq_len=seq_len, bf16=bf16)
+    memory = training_memory(
+        config,
+        weight=weight,
+        act_bits=act_bits,
+        rows=rows,
+        seq_len=seq_len,
+        bf16=bf16,
+        optimizer=parsed.optim.kind,
+        loss_chunk=parsed.loss_chunk,
+        activation_checkpointing=parsed.activation_checkpointing,
+    )
     tokens_per_step = rows * seq_len * (parsed.trainer.get("accumulate_grad_batches") or 1)
     steps = parsed.trainer.get("max_steps") or -1
     facts = {
@@ -77,9 +87,9 @@ def inspect_config(name: str, overrides: list[str]) -> None:
         "file, packed": _size(packed_bytes(config, weight)),
         "file, float32 latent": _size(4 * counts.total),
         "file, bf16 twin": _size(2 * counts.total),
-        "checkpoint": f"{_size(12 * counts.total)} (weights and two AdamW moments)",
+        "checkpoint": f"{_size(memory.weights + memory.optimizer)} (weights and the state of {parsed.optim.kind})",
         "training memory": f"{_size(memory.total)} for {rows} x {seq_len} tokens",
-        "  weights, gradients, AdamW": _size(memory.weights + memory.gradients + memory.optimizer),
+        f"  weights, gradients, {parsed.optim.kind}": _size(memory.weights + memory.gradients + memory.optimizer),
         "  activations": _size(memory.activations),
         "FLOPs per token": f"{flops_per_token(config, seq_len) / 1e6:,.1f} M in training, "
         f"{flops_per_token(config, seq_len, training=False) / 1e6:,.1f} M forward",
