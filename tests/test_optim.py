@@ -13,7 +13,7 @@ from bitnet.estimate import OPTIMIZERS, count_parameters, optimizer_bytes
 from bitnet.loss import next_token_loss
 from bitnet.model import Transformer
 from bitnet.recipes import QAT, BitNet, EfficientQAT, QLoRA
-from bitnet.training.optim import apply_schedule, build_optimizer, parameter_groups
+from bitnet.training.optim import apply_schedule, build_optimizer, check_shardable, parameter_groups
 
 KINDS = ("adamw", "muon", "adafactor", "adamw8bit")
 WIDE = ModelConfig(vocab_size=256, dim=64, n_layers=2, n_heads=4, ffn_dim=128, max_seq_len=32)
@@ -205,6 +205,10 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch) -> None:
         OptimConfig(matrix_lr=0.01)
     with pytest.raises(UserError, match=r"matrix_lr = 0: must be greater"):
         OptimConfig(kind="muon", matrix_lr=0)
+    for kind in ("adafactor", "adamw8bit"):
+        with pytest.raises(UserError, match=f"{kind} does not work with sharded weights"):
+            check_shardable(OptimConfig(kind=kind))
+    check_shardable(OptimConfig(kind="muon"))
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UserError, match="adamw8bit needs torchao, which is not installed: pip install torchao"):
         build_optimizer(wide_model(), OptimConfig(kind="adamw8bit"))

@@ -18,7 +18,7 @@ from bitnet.layers import low_bit_layers
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
 from bitnet.recipes import Progress, Recipe, no_progress
-from bitnet.training.optim import apply_schedule, build_optimizer, check_installed, check_same_kind
+from bitnet.training.optim import apply_schedule, build_optimizer, check_installed, check_same_kind, check_shardable
 
 DEFAULT_OPTIM = OptimConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
@@ -87,6 +87,8 @@ class LitBitNet(L.LightningModule):
         return max(1, int(self.trainer.estimated_stepping_batches))
 
     def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            check_shardable(self.optim)
         torch.set_float32_matmul_precision(self.matmul_precision)
         vocab_size = self.data.tokens.vocab_size
         if vocab_size != self.config.vocab_size:

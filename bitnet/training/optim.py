@@ -53,6 +53,12 @@ def check_installed(config: OptimConfig) -> None:
         raise UserError("optim.kind = adamw8bit needs torchao, which is not installed: pip install torchao")
 
 
+def check_shardable(config: OptimConfig) -> None:
+    """Refuse an optimizer whose state cannot be spread over processes."""
+    if config.kind in ("adafactor", "adamw8bit"):
+        raise UserError(f"optim.kind = {config.kind} does not work with sharded weights; use adamw or muon.")
+
+
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
