@@ -133,22 +133,18 @@ def training_memory(
     and what one block saves is there only when the logits no longer are. A CPU heap fragments: its resident set can be
     half as much again.
     """
-    counts = count_parameters(config)
+    counts, tokens = count_parameters(config), rows * seq_len
     compute = 2 if bf16 else 4
     quantized = weight != "none" and act_bits != "none"
-    tokens = rows * seq_len
-    block = tokens * _kept_per_token(config, quantized, compute)
     trits = counts.linear if quantized else 0
-    per_logit = 3 * 4 + (compute if bf16 else 0)
-    if loss_chunk is None:
-        logits = tokens * config.vocab_size * per_logit
-    else:  # beside the chunk's logits, the gradient of what the head reads
-        logits = min(loss_chunk, tokens) * config.vocab_size * per_logit + tokens * 4 * config.dim
+    block = tokens * _kept_per_token(config, quantized, compute)
+    logits = min(loss_chunk or tokens, tokens) * config.vocab_size * (3 * 4 + (compute if bf16 else 0))
+    if loss_chunk is not None:  # the gradient of what the head reads is there at the same time
+        logits += tokens * 4 * config.dim
+    activations = config.n_layers * block + logits
     if activation_checkpointing:
-        inputs, trits = config.n_layers * tokens * 4 * config.dim, trits // config.n_layers
-        activations = inputs + max(logits, block)
-    else:
-        activations = config.n_layers * block + logits
+        activations = config.n_layers * tokens * 4 * config.dim + max(logits, block)
+        trits //= config.n_layers
     return TrainingMemory(
         weights=4 * counts.total,
         gradients=4 * counts.total,
