@@ -1,7 +1,8 @@
 """Measured peak memory of training steps against the estimate of ``bitnet inspect``.
 
-    python benchmarks/training_memory.py [--out benchmarks/results/training_memory_cpu_DATE.json]
+    python benchmarks/training_memory.py [--switches] [--out benchmarks/results/training_memory_cpu_DATE.json]
 
+``--switches`` measures the settings that save memory instead, each alone and all together.
 Each shape runs in a process of its own; memory is the peak resident set minus what the process held before the model
 was built. MALLOC_MMAP_THRESHOLD_ makes the C library give the memory of each tensor back at once, so that the resident
 set is what is alive; the last column shows the peak without it, when the heap keeps what it has.
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 SHAPES = {
     "tiny": {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 512, "vocab_size": 2048, "rows": 8, "seq_len": 256},
@@ -38,6 +40,20 @@ SHAPES = {
     },
 }
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "loss_chunk": {"loss_chunk": 256},
+    "checkpointing": {"activation_checkpointing": True},
+    "muon": {"optimizer": "muon"},
+    "adafactor": {"optimizer": "adafactor"},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+    "chunk, checkpointing": {"loss_chunk": 256, "activation_checkpointing": True},
+    "the same, muon": {"loss_chunk": 256, "activation_checkpointing": True, "optimizer": "muon"},
+    "the same, adafactor": {"loss_chunk": 256, "activation_checkpointing": True, "optimizer": "adafactor"},
+    "the same, adamw8bit": {"loss_chunk": 256, "activation_checkpointing": True, "optimizer": "adamw8bit"},
+}
+"""Arguments of ``training_memory`` by the name of a switch."""
+
 
 def resident() -> int:
     """Peak resident bytes of this process so far, as Linux reports it (getrusage would inherit the parent's)."""
@@ -47,7 +63,7 @@ def resident() -> int:
     raise OSError("/proc/self/status has no VmHWM")
 
 
-def measure(shape: dict[str, int], weight: str) -> dict[str, float]:
+def measure(shape: dict[str, int], weight: str, switch: str = "plain") -> dict[str, float]:
     """Train three steps of this shape here; bytes measured and estimated."""
     import torch
 
@@ -57,7 +73,7 @@ def measure(shape: dict[str, int], weight: str) -> dict[str, float]:
     from bitnet.training.optim import build_optimizer
 
     torch.set_num_threads(1)
-    sizes = dict(shape)
+    sizes, options = dict(shape), SWITCHES[switch]
     rows, seq_len = sizes.pop("rows"), sizes.pop("seq_len")
     config = ModelConfig(**sizes, max_seq_len=seq_len)
     act_bits = "none" if weight == "none" else 8
@@ -65,7 +81,9 @@ def measure(shape: dict[str, int], weight: str) -> dict[str, float]:
     def train(config: ModelConfig, rows: int, steps: int) -> None:
         model = Transformer(config)
         BitNet(weight=weight, act_bits=act_bits).prepare(model)
-        optimizer = build_optimizer(model, OptimConfig())
+        model.loss_chunk = options.get("loss_chunk")
+        model.recomputes_blocks = options.get("activation_checkpointing", False)
+        optimizer = build_optimizer(model, OptimConfig(kind=options.get("optimizer", "adamw")))
         ids = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1))
         for _ in range(steps):
             next_token_loss(model, {"inputs": ids[:, :-1], "targets": ids[:, 1:]}).backward()
@@ -78,7 +96,9 @@ def measure(shape: dict[str, int], weight: str) -> dict[str, float]:
     before = resident()
     train(config, rows, steps=3)
     after = resident()
-    estimate = training_memory(config, weight=weight, act_bits=act_bits, rows=rows, seq_len=seq_len, bf16=False)
+    estimate = training_memory(
+        config, weight=weight, act_bits=act_bits, rows=rows, seq_len=seq_len, bf16=False, **options
+    )
     return {"measured": after - before, "estimated": estimate.total}
 
 
@@ -92,23 +112,27 @@ def run(command: list[str], **environment: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("SHAPE", "WEIGHT"), help="measure one shape in this process")
+    parser.add_argument("--switches", action="store_true", help="measure the settings that save memory")
+    parser.add_argument("--one", nargs="+", metavar=("SHAPE", "WEIGHT"), help="measure one shape in this process")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(SHAPES[args.one[0]], args.one[1])))
+        print(json.dumps(measure(SHAPES[args.one[0]], *args.one[1:])))
         return
+    cases = [(weight, "plain") for weight in ("ternary", "none")]
+    if args.switches:
+        cases = [("ternary", switch) for switch in SWITCHES]
     rows = []
     for name in SHAPES:
-        for weight in ("ternary", "none"):
-            command = [sys.executable, __file__, "--one", name, weight]
+        for weight, switch in cases:
+            command = [sys.executable, __file__, "--one", name, weight, switch]
             result = run(command, MALLOC_MMAP_THRESHOLD_="65536")
             heap = run(command)["measured"]
             ratio = result["estimated"] / result["measured"]
-            rows.append({"shape": name, "weight": weight, **result, "ratio": ratio, "measured_with_heap": heap})
+            case = {"shape": name, "weight": weight, "switch": switch}
+            rows.append({**case, **result, "ratio": ratio, "measured_with_heap": heap})
             megabytes = f"{result['measured'] / 1e6:8.0f} MB measured {result['estimated'] / 1e6:8.0f} MB estimated"
-            print(
-                f"{name:12} {weight:8} {megabytes}   ratio {ratio:.2f}   {heap / 1e6:8.0f} MB with the heap's reserve"
-            )
+            reserve = f"{heap / 1e6:8.0f} MB with the heap's reserve"
+            print(f"{name:12} {weight:8} {switch:20} {megabytes}   ratio {ratio:.2f}   {reserve}", flush=True)
     if args.out:
         import torch
 

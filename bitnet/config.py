@@ -10,6 +10,7 @@ from typing import Literal
 from bitnet.errors import UserError
 
 Activation = Literal["silu", "relu2"]
+OptimKind = Literal["adamw", "muon", "adafactor", "adamw8bit"]
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -108,10 +109,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. Latent weights take a learning rate several times that of a float model (arXiv 2310.11453, 2.2)."""
+    """The optimizer. Latent weights take a learning rate several times that of a float model (arXiv 2310.11453, 2.2).
 
+    What each kind keeps per parameter, and which learning rate it wants, is in docs/training.md.
+    """
+
+    kind: OptimKind = "adamw"
+    """adamw, muon (for the matrices of the blocks, AdamW for the rest), adafactor, or adamw8bit (needs torchao)."""
     lr: float = 1.5e-3
-    """Peak learning rate."""
+    """Peak learning rate; adafactor takes it relative to the size of each tensor's values (try 0.03)."""
+    matrix_lr: float | None = None
+    """muon: peak learning rate of its matrices; null for lr, since its steps are scaled to the size of AdamW's."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -121,6 +129,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "eps")
+        if self.matrix_lr is not None:
+            _positive(self, "matrix_lr")
+            if self.kind != "muon":
+                raise UserError(f"matrix_lr = {self.matrix_lr}: only muon has it; kind is {self.kind}.")
         if self.weight_decay < 0:
             raise UserError(f"weight_decay = {self.weight_decay}: must be 0 or more.")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

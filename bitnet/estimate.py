@@ -60,6 +60,30 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     return forward * (3 if training else 1)
 
 
+OPTIMIZERS = ("adamw", "muon", "adafactor", "adamw8bit")
+"""Optimizers whose state is known here: the kinds of ``OptimConfig``."""
+
+
+def optimizer_bytes(config: ModelConfig, kind: str) -> int:
+    """Bytes of the state of ``OptimConfig.kind``; per parameter, 8 for AdamW's two moments and 4 for Muon's one."""
+    counts = count_parameters(config)
+    kv_dim = config.kv_heads * config.head_dim
+    match kind:
+        case "adamw":
+            return 8 * counts.total
+        case "muon":
+            return 4 * counts.linear + 8 * (counts.embeddings + counts.norms)
+        case "adamw8bit":  # codes, and a float32 scale for each 256 of them; norms are too small for it
+            return 2 * (counts.linear + counts.embeddings) * (256 + 4) // 256 + 8 * counts.norms
+        case "adafactor":  # one number for each row and each column
+            rows_and_columns = (
+                2 * (config.dim + config.dim) + 2 * (config.dim + kv_dim) + 3 * (config.dim + config.ffn_dim)
+            )
+            tables = (1 if config.tie_embeddings else 2) * (config.vocab_size + config.dim)
+            return 4 * (config.n_layers * rows_and_columns + tables + counts.norms)
+    raise ValueError(f"{kind}: not one of {', '.join(OPTIMIZERS)}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
     """Bytes of one training process above the idle interpreter."""
@@ -75,18 +99,8 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.quantized + self.activations
 
 
-def training_memory(
-    config: ModelConfig, *, weight: str, act_bits: int | str, rows: int, seq_len: int, bf16: bool
-) -> TrainingMemory:
-    """Peak bytes of live tensors in one micro-batch of ``rows`` x ``seq_len`` tokens, AdamW, float32 latent weights.
-
-    Weights, gradients and the two AdamW moments take 4 bytes each, the trits that autograd keeps one. Activations are
-    what autograd saves, operation by operation, and the logits with their log-softmax and two gradients, which are
-    alive together where forward turns into backward. A CPU heap fragments: its resident set can be half as much again.
-    """
-    counts = count_parameters(config)
-    compute = 2 if bf16 else 4
-    quantized = weight != "none" and act_bits != "none"
+def _kept_per_token(config: ModelConfig, quantized: bool, compute: int) -> int:
+    """Bytes that autograd keeps of one block per token, operation by operation; products run in ``compute`` bytes."""
     dim, ffn, kv_dim = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
     # The input of wq wk wv, and that of w1 w3, is kept once: as int8, or as it is.
     linear_inputs = (1 if quantized else compute) * (3 * dim + ffn)
@@ -96,12 +110,45 @@ def training_memory(
         dim + 2 * kv_dim + (0 if config.sub_norm else dim)
     )  # q, k, v; the output unless a norm has it
     gate = compute * 3 * ffn  # silu's input, and both factors of the product
-    per_token = config.n_layers * (linear_inputs + norms + attention + gate)
-    logits = config.vocab_size * (3 * 4 + (compute if bf16 else 0))
+    return linear_inputs + norms + attention + gate
+
+
+def training_memory(
+    config: ModelConfig,
+    *,
+    weight: str,
+    act_bits: int | str,
+    rows: int,
+    seq_len: int,
+    bf16: bool,
+    optimizer: str = "adamw",
+    loss_chunk: int | None = None,
+    activation_checkpointing: bool = False,
+) -> TrainingMemory:
+    """Peak bytes of live tensors in one micro-batch of ``rows`` x ``seq_len`` tokens, float32 latent weights.
+
+    Weights and gradients take 4 bytes each, the trits that autograd keeps one. Activations are what autograd saves, and
+    the logits with their log-softmax and two gradients, which are alive together where forward turns into backward;
+    with ``loss_chunk``, those of that many tokens. With ``activation_checkpointing``, the input of each block is kept,
+    and what one block saves is there only when the logits no longer are. A CPU heap fragments: its resident set can be
+    half as much again.
+    """
+    counts, tokens = count_parameters(config), rows * seq_len
+    compute = 2 if bf16 else 4
+    quantized = weight != "none" and act_bits != "none"
+    trits = counts.linear if quantized else 0
+    block = tokens * _kept_per_token(config, quantized, compute)
+    logits = min(loss_chunk or tokens, tokens) * config.vocab_size * (3 * 4 + (compute if bf16 else 0))
+    if loss_chunk is not None:  # the gradient of what the head reads is there at the same time
+        logits += tokens * 4 * config.dim
+    activations = config.n_layers * block + logits
+    if activation_checkpointing:
+        activations = config.n_layers * tokens * 4 * config.dim + max(logits, block)
+        trits //= config.n_layers
     return TrainingMemory(
         weights=4 * counts.total,
         gradients=4 * counts.total,
-        optimizer=8 * counts.total,
-        quantized=counts.linear if quantized else 0,
-        activations=rows * seq_len * (per_token + logits + 2 * 4 * dim),
+        optimizer=optimizer_bytes(config, optimizer),
+        quantized=trits,
+        activations=activations + tokens * 2 * 4 * config.dim,
     )

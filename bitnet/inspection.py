@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,7 @@ from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.estimate import (
     BITS,
+    TrainingMemory,
     bits_per_parameter,
     count_parameters,
     flops_per_token,
@@ -23,6 +24,9 @@ from bitnet.inference.header import FORMAT_VERSION, read_header
 from bitnet.inference.packing import pack
 from bitnet.layers import FakeQuantizedLinear, level_shares, low_bit_layers, quantized_layers
 from bitnet.scaling import GPUS, Estimate, StrategyName, estimate
+
+if TYPE_CHECKING:
+    from bitnet.training.cli import ParsedConfig
 
 SHOWN_FIELDS = (
     "vocab_size",
@@ -56,6 +60,20 @@ def _export_facts(config: ModelConfig) -> dict[str, str]:
     return {f"export {name}": "yes" if why is None else f"no: {why}" for name, why in config.export_obstacles().items()}
 
 
+def _training_memory(parsed: "ParsedConfig", weight: str, act_bits: Any) -> TrainingMemory:
+    return training_memory(
+        parsed.model,
+        weight=weight,
+        act_bits=act_bits,
+        rows=parsed.data["batch_size"],
+        seq_len=parsed.data["seq_len"],
+        bf16=str(parsed.trainer.get("precision") or "").startswith("bf16"),
+        optimizer=parsed.optim.kind,
+        loss_chunk=parsed.loss_chunk,
+        activation_checkpointing=parsed.activation_checkpointing,
+    )
+
+
 def inspect_config(name: str, overrides: list[str]) -> None:
     """Print what training and serving this config takes; nothing is trained and no text is read."""
     from bitnet.training.cli import parse_config  # Lightning takes seconds to import
@@ -65,9 +83,8 @@ def inspect_config(name: str, overrides: list[str]) -> None:
     weight: str = getattr(recipe, "weight", "none")
     act_bits: Any = getattr(recipe, "act_bits", "none")
     counts = count_parameters(config)
-    bf16 = str(parsed.trainer.get("precision") or "").startswith("bf16")
     rows, seq_len = data["batch_size"], data["seq_len"]
-    memory = training_memory(config, weight=weight, act_bits=act_bits, rows=rows, seq_len=seq_len, bf16=bf16)
+    memory = _training_memory(parsed, weight, act_bits)
     tokens_per_step = rows * seq_len * (parsed.trainer.get("accumulate_grad_batches") or 1)
     steps = parsed.trainer.get("max_steps") or -1
     facts = {
@@ -80,9 +97,9 @@ def inspect_config(name: str, overrides: list[str]) -> None:
         "file, packed": _size(packed_bytes(config, weight)),
         "file, float32 latent": _size(4 * counts.total),
         "file, bf16 twin": _size(2 * counts.total),
-        "checkpoint": f"{_size(12 * counts.total)} (weights and two AdamW moments)",
+        "checkpoint": f"{_size(memory.weights + memory.optimizer)} (weights and the state of {parsed.optim.kind})",
         "training memory": f"{_size(memory.total)} for {rows} x {seq_len} tokens",
-        "  weights, gradients, AdamW": _size(memory.weights + memory.gradients + memory.optimizer),
+        f"  weights, gradients, {parsed.optim.kind}": _size(memory.weights + memory.gradients + memory.optimizer),
         "  activations": _size(memory.activations),
         "FLOPs per token": f"{flops_per_token(config, seq_len) / 1e6:,.1f} M in training, "
         f"{flops_per_token(config, seq_len, training=False) / 1e6:,.1f} M forward",

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bitnet.config import ModelConfig
+from bitnet.loss import ReadOut
+from bitnet.recomputation import recomputed
 from bitnet_kernels import rms_norm as cpu_norm
 from bitnet_kernels.cpu import native
 
@@ -255,11 +257,16 @@ class Transformer(nn.Module):
 
     With ``cache``, the tokens follow those already in the cache, which grows by T. With ``document_ids`` (B, T), a
     token sees only tokens of its own document. With ``last_only``, the logits are those of the last token, (B, 1, V).
+    With ``read_out``, the result is what that makes of the normed residual stream (B, T, D) and of the head.
     Raises ``ValueError`` when the sequence is longer than the model allows.
     """
 
     decodes_as_graph = False
     """Whether a decoding step may be captured: its kernels and addresses must be the same for every token."""
+    loss_chunk: int | None = None
+    """Tokens whose logits a loss may hold at once (``bitnet.loss``); ``None`` for all."""
+    recomputes_blocks = False
+    """Whether backward computes the inside of each block again instead of keeping it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -287,6 +294,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
         last_only: bool = False,
+        read_out: ReadOut | None = None,
     ) -> Tensor:
         T = tokens.shape[1]
         if cache is None:
@@ -303,11 +311,13 @@ class Transformer(nn.Module):
         frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)
         angles = rotary_angles(positions, frequencies)
         x = self.embed(tokens)
+        recomputes = self.recomputes_blocks and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            x = block(x, angles, mask, cache, layer)
+            x = recomputed(block, x, angles, mask) if recomputes else block(x, angles, mask, cache, layer)
         if cache is not None:
             cache.advance(T)
-        return self.lm_head(self.norm(x[:, -1:] if last_only else x))  # type: ignore[no-any-return]
+        x = self.norm(x[:, -1:] if last_only else x)
+        return self.lm_head(x) if read_out is None else read_out(x, self.lm_head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (...) -> the residual stream before the first block, (..., D)."""

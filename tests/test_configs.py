@@ -20,6 +20,8 @@ def test_the_named_configs_are_there() -> None:
         PRESETS
     )
     assert {"overlays/bf16", "overlays/compile", "overlays/ddp", "overlays/fsdp", "overlays/smoke"} <= set(OVERLAYS)
+    assert parse_config(["--config", "tiny", "--config", "overlays/checkpointing"]).activation_checkpointing
+    assert parse_config(["--config", "tiny", "--config", "overlays/muon"]).optim.kind == "muon"
 
 
 @pytest.mark.parametrize("name", PRESETS)

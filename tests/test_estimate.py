@@ -44,10 +44,34 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak resident set as Linux reports it")
-@pytest.mark.parametrize("weight", ["ternary", "none"])
-def test_training_memory_is_within_15_percent_of_the_measured_peak(weight) -> None:
+@pytest.mark.parametrize(
+    "weight,switch",
+    [
+        ("ternary", "plain"),
+        ("none", "plain"),
+        ("ternary", "loss_chunk"),
+        ("ternary", "checkpointing"),
+        ("ternary", "the same, adafactor"),
+    ],
+)
+def test_training_memory_is_within_15_percent_of_the_measured_peak(weight, switch) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, str(SCRIPT), "--one", "tiny", weight]
+    command = [sys.executable, str(SCRIPT), "--one", "tiny", weight, switch]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     result = json.loads(output.strip().splitlines()[-1])
     assert result["estimated"] == pytest.approx(result["measured"], rel=0.15)
+
+
+def test_inspect_knows_the_switches(capsys) -> None:
+    """The figures of a config change with its settings, as the estimate says they do."""
+    from bitnet.inspection import inspect_config
+
+    options = ("--model.loss_chunk=64", "--model.activation_checkpointing=true", "--model.optim.kind=muon")
+    shown = []
+    for overrides in ([], options):
+        inspect_config("tiny", list(overrides))
+        shown.append(capsys.readouterr().out)
+    assert "weights, gradients, adamw" in shown[0] and "weights, gradients, muon" in shown[1]
+    activations = [next(line for line in text.splitlines() if " activations " in line) for text in shown]
+    sizes = [float(line.split()[-2]) * {"MB": 1, "GB": 1000}[line.split()[-1]] for line in activations]
+    assert sizes[1] < sizes[0] / 4

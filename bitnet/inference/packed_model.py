@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.inference.packed_linear import HeadDtype, PackedLinear, QuantizedRows
+from bitnet.loss import ReadOut
 from bitnet.model import Block, KVCache, Transformer, attends_natively, rotary_angles, rotary_frequencies
 from bitnet_kernels import FORMATS
 from bitnet_kernels.cpu import native
@@ -166,9 +167,10 @@ class PackedTransformer(Transformer):
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
         last_only: bool = False,
+        read_out: ReadOut | None = None,
     ) -> Tensor:
-        if type(cache) is not KVCache or tokens.shape[1] != 1 or not self._decodes_natively(cache):
-            return super().forward(tokens, cache, document_ids, last_only)
+        if type(cache) is not KVCache or tokens.shape[1] != 1 or read_out or not self._decodes_natively(cache):
+            return super().forward(tokens, cache, document_ids, last_only, read_out)
         decoder = self._native_decoder()
         if decoder is None or not decoder.can_decode(tokens.shape[0]):
             return super().forward(tokens, cache, document_ids, last_only)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitnet.errors import UserError
 from bitnet.quantizers import EPS, straight_through
+from bitnet.recomputation import is_recomputing
 
 ActivationScale = Literal["token", "tensor", "static"]
 
@@ -85,6 +86,8 @@ class ActivationQuantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Take ``x`` into ``limits``. The first batch sets it."""
         if self.limits is None or self.observing is None or (self.observing == "average" and not self.training):
+            return
+        if is_recomputing():  # the limits hold this batch already
             return
         seen = observed_range(x, self.scheme.percentile)
         if self.observing == "average":

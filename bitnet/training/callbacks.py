@@ -122,7 +122,7 @@ class TrainingMetrics(Callback):
         metrics = {
             "train/loss": loss,
             "train/bpb": loss / math.log(2) / pl_module.data.tokens.bytes_per_token(),
-            "train/lr": group["lr"],
+            "train/lr": float(group["lr"]),
             "train/weight_decay": group["weight_decay"],
             "train/grad_norm": self._grad_norm,
             "perf/tokens_per_s": tokens_per_s,

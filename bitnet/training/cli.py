@@ -229,6 +229,8 @@ class ParsedConfig:
     model: ModelConfig
     recipe: Recipe
     optim: OptimConfig
+    loss_chunk: int | None
+    activation_checkpointing: bool
     data: dict[str, Any]
     trainer: dict[str, Any]
 
@@ -242,6 +244,8 @@ def parse_config(args: list[str]) -> ParsedConfig:
         model=ModelConfig(**config.model.config.as_dict()),
         recipe=kind(**recipe.init_args.as_dict()) if recipe else BitNet(),
         optim=OptimConfig(**config.model.optim.as_dict()),
+        loss_chunk=config.model.loss_chunk,
+        activation_checkpointing=config.model.activation_checkpointing,
         data=config.data.as_dict(),
         trainer=config.trainer.as_dict(),
     )

@@ -18,7 +18,7 @@ from bitnet.layers import Arithmetic, low_bit_layers
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
 from bitnet.recipes import Progress, Recipe, no_progress
-from bitnet.training.optim import apply_schedule, build_optimizer
+from bitnet.training.optim import apply_schedule, build_optimizer, check_installed, check_same_kind, check_shardable
 
 DEFAULT_OPTIM = OptimConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
@@ -31,13 +31,15 @@ class LitBitNet(L.LightningModule):
     Args:
         config: Sizes and switches of the transformer.
         recipe: How it takes on low-bit weights.
-        optim: AdamW's settings.
+        optim: The optimizer's settings.
         schedule: Learning rate and weight decay over the run.
         init_from: Run folder or checkpoint whose weights to start from; null for random weights.
         calibration_rows: Rows of the training text that a recipe may look at before training begins.
         arithmetic: On which units low-bit layers multiply while training.
         compile: Compile each block with torch.compile.
         matmul_precision: Precision of float32 matmuls (torch.set_float32_matmul_precision).
+        loss_chunk: Tokens whose logits exist at once; null for all. Recipes that compare logits always hold all.
+        activation_checkpointing: Compute the inside of each block again in backward instead of keeping it.
     """
 
     def __init__(
@@ -51,8 +53,14 @@ class LitBitNet(L.LightningModule):
         arithmetic: Arithmetic = DEFAULT_ARITHMETIC,
         compile: bool = False,
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
+        loss_chunk: int | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if loss_chunk is not None and loss_chunk < 1:
+            raise UserError(f"loss_chunk = {loss_chunk}: must be 1 or more, or null.")
+        check_installed(optim)
+        self.loss_chunk, self.activation_checkpointing = loss_chunk, activation_checkpointing
         self.config = config
         self.recipe, self.optim, self.schedule = recipe, optim, schedule
         self.init_from, self.compile_blocks, self.matmul_precision = init_from, compile, matmul_precision
@@ -83,6 +91,8 @@ class LitBitNet(L.LightningModule):
         return max(1, int(self.trainer.estimated_stepping_batches))
 
     def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            check_shardable(self.optim)
         torch.set_float32_matmul_precision(self.matmul_precision)
         vocab_size = self.data.tokens.vocab_size
         if vocab_size != self.config.vocab_size:
@@ -110,6 +120,7 @@ class LitBitNet(L.LightningModule):
             "block_tokens": getattr(self.recipe, "found", {}).get("block_tokens", 0),
         }
         self._apply_stage(model)
+        model.loss_chunk, model.recomputes_blocks = self.loss_chunk, self.activation_checkpointing
         for layer in low_bit_layers(model).values():
             layer.arithmetic = self.arithmetic
         if self.is_spread:
@@ -259,3 +270,5 @@ class LitBitNet(L.LightningModule):
         if "bitnet" not in content:
             raise UserError("ckpt_path: not a checkpoint of this library (it has no 'bitnet' entry).")
         self._check_fits(content["bitnet"], "ckpt_path")
+        for saved in content.get("optimizer_states", []):
+            check_same_kind(saved, self.optim)

@@ -32,6 +32,38 @@ def test_masked_documents_and_late_four_bits_train(stories, tmp_path, run_fit) -
     assert model.layers[0].attention.wq.act_bits == 4 and model.layers[0].attention.wo.act_bits == 8
 
 
+def test_recomputed_blocks_train_the_same_bits(stories, tmp_path, run_fit) -> None:
+    """Dropout included; only the memory differs."""
+    run_fit(stories, tmp_path / "kept")
+    run_fit(stories, tmp_path / "recomputed", "--config", "overlays/checkpointing")
+    kept, recomputed = (read_checkpoint(tmp_path / n)["state_dict"] for n in ("kept", "recomputed"))
+    assert all(torch.equal(recomputed[name], tensor) for name, tensor in kept.items())
+
+
+def test_chunked_loss_trains_like_the_whole_one(stories, tmp_path, run_fit) -> None:
+    """bf16 products, and a window of two micro-batches; validation counts in chunks too."""
+    options = ("--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2")
+    figures = []
+    for chunk in ("null", "50"):
+        run_fit(stories, tmp_path / chunk, f"--model.loss_chunk={chunk}", *options)
+        figures.append(json.loads((tmp_path / chunk / "summary.json").read_text())["figures"])
+    assert figures[1]["val/loss"] == pytest.approx(figures[0]["val/loss"], abs=0.01)
+
+
+def test_a_chunk_of_no_tokens_is_refused_in_one_line(stories, tmp_path, capsys) -> None:
+    from bitnet.training.cli import main as fit
+
+    assert fit([*tiny_options(stories, tmp_path / "run"), "--model.loss_chunk=0"]) == 2
+    assert "loss_chunk = 0: must be 1 or more, or null." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_muon_overlay_trains(stories, tmp_path, run_fit) -> None:
+    run_fit(stories, tmp_path / "run", "--config", "overlays/muon", "--trainer.max_steps=20", "--model.optim.lr=1e-2")
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())["figures"]
+    assert figures["val/loss"] < 5.2
+
+
 def test_parts_work_with_a_plain_trainer(stories, tmp_path) -> None:
     """Without our command line: Lightning's own Trainer, its own checkpoint, our load_checkpoint."""
     import lightning

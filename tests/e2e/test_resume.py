@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -60,6 +61,31 @@ def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, run_fit, optio
         assert read_checkpoint(parts)["global_step"] == stop
         run_fit(text, parts, f"--trainer.max_steps={steps}", *options, "--ckpt_path=last")
         assert run_digest(parts) == run_digest(tmp_path / "whole"), stop
+
+
+WIDE = ("--model.config.dim=64", "--model.config.ffn_dim=128")  # 8-bit moments begin at 4,096 parameters
+
+
+@pytest.mark.parametrize("kind,lr,decay", [("muon", 5e-3, 0.1), ("adafactor", 0.05, 0.0), ("adamw8bit", 5e-3, 0.1)])
+def test_every_optimizer_learns_and_resumes_with_the_same_bits(text, tmp_path, run_fit, kind, lr, decay) -> None:
+    """With the other switches that save memory, so that dropout, schedule and recomputation are restored together."""
+    optim = (f"--model.optim.kind={kind}", f"--model.optim.lr={lr}", f"--model.optim.weight_decay={decay}")
+    switches = ("--model.loss_chunk=50", "--model.activation_checkpointing=true")
+    options = (*WIDE, *optim, *switches)
+    run_fit(text, tmp_path / "whole", "--trainer.max_steps=30", *options)
+    figures = json.loads((tmp_path / "whole" / "summary.json").read_text())["figures"]
+    assert figures["val/loss"] < 5.0  # ln 300 = 5.7 at first
+    _stop_after(11, text, tmp_path / "parts", 30, options)
+    run_fit(text, tmp_path / "parts", "--trainer.max_steps=30", *options, "--ckpt_path=last")
+    assert run_digest(tmp_path / "parts") == run_digest(tmp_path / "whole")
+
+
+def test_the_state_of_another_optimizer_is_refused_in_one_line(text, tmp_path, run_fit, capsys) -> None:
+    run_fit(text, tmp_path / "run", "--trainer.max_steps=2")
+    options = ["--model.optim.kind=muon", "--trainer.max_steps=4", "--ckpt_path=last"]
+    assert fit([*tiny_options(text, tmp_path / "run"), *options]) == 2
+    expected = "error: ckpt_path: that run used optim.kind = adamw, not muon; its state does not fit."
+    assert capsys.readouterr().err.strip().splitlines()[-1] == expected
 
 
 class Stop(Exception):
