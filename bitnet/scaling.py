@@ -1,8 +1,8 @@
 """What training over several devices costs, on paper: bytes that travel, memory, and tokens per second at best.
 
 Ring collectives (arXiv 1909.08053, 2004.13336): with n devices a gather or a scatter of b bytes moves b (n - 1) / n
-through each device, an all-reduce twice that. Per micro-batch of FSDP2 every weight is gathered twice (forward and backward)
-and every gradient scattered once; with tensor parallelism every block adds up activations four times. A step takes the
+through each device, an all-reduce twice that. Per micro-batch of FSDP2 every weight of a block is gathered twice and
+every gradient scattered once; with tensor parallelism every block adds up activations four times. A step takes the
 longer of computing and sending, if they overlap fully. Computing is taken at a share of the matrix units' peak that a
 good program reaches; sending at the full speed of the links.
 """

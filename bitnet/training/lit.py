@@ -136,6 +136,8 @@ class LitBitNet(L.LightningModule):
 
     def _check_spread(self) -> None:
         """Refuse what cannot be computed over several processes as in one."""
+        if self.loss_chunk is not None and getattr(self.trainer.strategy, "tensor_parallel", 1) > 1:
+            raise UserError("model.loss_chunk: tensor parallelism cuts the output head another way; leave it out.")
         if getattr(self.recipe, "quantizer_warmup", 0) and getattr(self.trainer.strategy, "gather", "") == "levels":
             raise UserError(
                 "model.recipe.quantizer_warmup blends latent weights in: set trainer.strategy.gather = latent with it."
