@@ -12,8 +12,15 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitnet.progress import run_console
+from bitnet.training.strategies import data_parallel_size
 
 PLAIN_SECONDS = 10.0
+
+
+def say(trainer: L.Trainer, line: str) -> None:
+    """Print a line above the bar, in the first process."""
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.print(line, markup=False)
 
 
 class RunProgress(ProgressBar):
@@ -60,7 +67,7 @@ class RunProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
-        tokens = batch["inputs"].numel() * trainer.world_size
+        tokens = batch["inputs"].numel() * data_parallel_size(trainer)
         self._window = [*self._window[-49:], (now, tokens)]
         due = self._bar is not None or now - self._last_print >= PLAIN_SECONDS
         if not self._enabled or not due or (self._bar is not None and batch_idx % 5):

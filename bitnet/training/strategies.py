@@ -1,5 +1,6 @@
-"""Strategies with one thing to choose less than Lightning's."""
+"""Strategies with one thing to choose less than Lightning's, and what a strategy means for counting."""
 
+import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 
@@ -12,3 +13,14 @@ class FullySharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+
+def data_parallel_size(trainer: L.Trainer) -> int:
+    """How many processes see rows of their own.
+
+    Processes that share one row (tensor parallelism) count once: whoever counts tokens multiplies by this and not by
+    the number of processes.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return int(trainer.strategy.device_mesh["data_parallel"].size())
+    return int(trainer.world_size)
