@@ -133,6 +133,7 @@ class RunReport(Callback):
                 "val/loss",
                 "val/bpb",
                 "perf/tokens_per_s",
+                "perf/communication_share",
                 "quant/zero_fraction",
                 "quant/flip_rate",
             ),
@@ -171,6 +172,8 @@ def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[st
         lines.append(f"  weights      {zero:.1%} zeros; a step changed {flips:.3%} of them on average")
     if "perf/tokens_per_s" in figures:
         lines.append(f"  speed        {figures['perf/tokens_per_s']:,.0f} tokens/s")
+    if "perf/communication_share" in figures:
+        lines.append(f"  collectives  {figures['perf/communication_share']:.1%} of the time of the profiled steps")
     lines += [
         "Next:",
         f'  {bitnet} generate {folder} --prompt "The" --max_new_tokens 100',
