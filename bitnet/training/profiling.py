@@ -62,6 +62,7 @@ class StepProfiler(PyTorchProfiler):
                 raise UserError(f"profiler.{name} = {value}: must be at least {least}.")
         super().__init__(
             filename="operators",
+            row_limit=100,
             schedule=torch.profiler.schedule(wait=skip, warmup=warmup, active=active, repeat=1),
             on_trace_ready=self._save,
         )

@@ -14,6 +14,7 @@ import torch
 
 from bitnet.checkpoint import read_checkpoint, weights_digest
 from bitnet.training.cli import main as fit
+from bitnet.training.lit import LitBitNet
 
 from ..conftest import story_text, tiny_options
 
@@ -68,6 +69,28 @@ def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, run_fit, optio
         assert read_checkpoint(parts)["global_step"] == stop
         run_fit(text, parts, f"--trainer.max_steps={steps}", *(alone if stop == 7 else options), "--ckpt_path=last")
         assert run_digest(parts) == run_digest(tmp_path / "whole"), stop
+
+
+@pytest.mark.parametrize("options", [(), (*STREAM, "--data.workers=1")], ids=["rows", "stream"])
+def test_a_run_that_goes_on_with_other_rows_a_step_sees_the_next_row(
+    text, tmp_path, run_fit, monkeypatch, options
+) -> None:
+    """10 steps of 4 rows, 5 of 8, 8 of 3: the first 104 rows of one run of 4 (26 steps), in its order."""
+    seen: list[torch.Tensor] = []
+    original = LitBitNet.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        seen.append(batch["inputs"])
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitBitNet, "training_step", training_step)
+    last = ()
+    for steps, rows in ((10, 4), (15, 8), (23, 3)):
+        run_fit(text, tmp_path / "run", f"--trainer.max_steps={steps}", f"--data.batch_size={rows}", *options, *last)
+        last = ("--ckpt_path=last",)
+    changed, seen[:] = torch.cat(seen), []
+    run_fit(text, tmp_path / "whole", "--trainer.max_steps=26", *options)
+    assert torch.equal(changed, torch.cat(seen))
 
 
 class Stop(Exception):
