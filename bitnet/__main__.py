@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Any
 
-from bitnet.commands import compare, exchange, look, measure, quantize, serve
+from bitnet.commands import compare, exchange, look, measure, quantize, replay, serve
 from bitnet.commands.parser import OneLineArgumentParser, adder
 from bitnet.errors import UserError, did_you_mean
 
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     exchange.add(command)
     measure.add(command, commands)
     look.add(command)
+    replay.add(command)
     return parser
 
 

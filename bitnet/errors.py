@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Bad input: a file, a field or a combination of them that the user can mend."""
 
 
+class SaidByFirstProcess(UserError):
+    """The error that the first process of a run prints for all of them; the others only end."""
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """``" Did you mean 'dim'?"`` for the candidate nearest to ``word``, or an empty string when none is near."""
     near = difflib.get_close_matches(word, sorted(set(candidates)), n=1, cutoff=0.5)

@@ -182,7 +182,14 @@ def test_tensorboard_tags(finished_run) -> None:
     tags = events.Tags()
     assert {
         *("train/loss", "val/loss", "val/bpb", "quant/zero_fraction", "quant/flip_rate", "perf/tokens_per_s"),
-        *("perf/flops_per_s", "train/lr", "train/weight_decay", "train/grad_norm"),
+        *(
+            "perf/flops_per_s",
+            "perf/loader_share",
+            "perf/memory_gb",
+            "train/lr",
+            "train/weight_decay",
+            "train/grad_norm",
+        ),
     } <= set(tags["scalars"])
     assert sum(t.startswith("weights/") for t in tags["histograms"]) == 14
     overview = {t for t in tags["scalars"] if t.startswith("overview/")}

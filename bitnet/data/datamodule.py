@@ -44,6 +44,7 @@ class TokenDataModule(L.LightningDataModule):
         batch_size: Rows per device and step (times trainer.accumulate_grad_batches).
         val_batch_size: Rows per device while validating; null for batch_size.
         mask_documents: Let a token see only its own document.
+        workers: Make batches in the background, tokenizing so many chunks of a stream at a time; 0 for within the step.
         seed: Decides held-out documents and the order of rows.
         cache_dir: Where prepared tokens are kept; null for $BITNET_CACHE or ~/.cache/bitnet-lightning.
     """
@@ -71,6 +72,7 @@ class TokenDataModule(L.LightningDataModule):
         batch_size: int = 8,
         val_batch_size: int | None = None,
         mask_documents: bool = False,
+        workers: int = 0,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
@@ -78,6 +80,8 @@ class TokenDataModule(L.LightningDataModule):
         self.paths = [path] if isinstance(path, str) else list(path)
         self.val_paths = [val_path] if isinstance(val_path, str) else list(val_path or [])
         _check(self.paths, weights, val_fraction, seq_len, batch_size, stream_block)
+        if workers < 0:
+            raise UserError(f"data.workers = {workers}: must be 0 or more.")
         self.weights, self.vocab_size = weights, vocab_size
         self.reading = Reading(separator=separator, text_key=text_key, split=split, subset=subset)
         if chat_template is not None:
@@ -86,11 +90,12 @@ class TokenDataModule(L.LightningDataModule):
         self.streaming, self.stream_block, self.stream_val_bytes = streaming, stream_block, stream_val_bytes
         self.tokenizer_path, self.eos_token = tokenizer, eos_token
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
-        self.mask_documents, self.seed = mask_documents, seed
+        self.mask_documents, self.workers, self.seed = mask_documents, workers, seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_root()
         self.progress: Progress | None = None
         self.store: TokenStore | None = None
         self._stream_head = 0
+        self._loader: TrainLoader | stream.StreamLoader | None = None
 
     def _chat_reading(self, template: str, tokenizer: str | None, eos_token: str | None, streaming: bool) -> Reading:
         if streaming:
@@ -183,11 +188,20 @@ class TokenDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> "TrainLoader | stream.StreamLoader":
         store = self.tokens
-        if self.streaming:
-            return self._stream_loader(store)
+        self._close_loader()
+        self._loader = self._stream_loader(store) if self.streaming else self._row_loader(store)
+        return self._loader
+
+    def _row_loader(self, store: TokenStore) -> TrainLoader:
         files = [store.ids(f"train-{i}") for i in range(store.sources)]
         loader = TrainLoader(
-            files, self.seq_len, self.batch_size, weights=self.weights, seed=self.seed, **self._ranks()
+            files,
+            self.seq_len,
+            self.batch_size,
+            weights=self.weights,
+            seed=self.seed,
+            workers=self.workers,
+            **self._ranks(),
         )
         if len(loader) == 0:
             raise UserError(
@@ -211,8 +225,19 @@ class TokenDataModule(L.LightningDataModule):
             block_batches=self.stream_block,
             length=trainer.max_steps * trainer.accumulate_grad_batches,
             seed=self.seed,
+            workers=self.workers,
             **self._ranks(),
         )
+
+    def _close_loader(self) -> None:
+        if self._loader is not None:
+            self._loader.feed.close()
+
+    def teardown(self, stage: str) -> None:
+        self._close_loader()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._close_loader()
 
     def val_dataloader(self) -> EvalLoader:
         return EvalLoader(self.tokens.ids("val"), self.seq_len, self.val_batch_size, **self._ranks())

@@ -1,7 +1,8 @@
-"""Batches whose order is a function of a counter, so that the state of a loader is one integer.
+"""Batches whose order is a function of two counters, so that the state of a loader is an epoch and a row in it.
 
-Row number ``n`` of a run (counted over all epochs and ranks) is decided by ``(seed, n)`` alone. A loader that is told
-"n rows are done" goes on exactly where another one stopped, in the middle of an epoch, whatever happened in between.
+Row ``n`` of an epoch (counted over all ranks) is decided by ``(seed, epoch, n)`` alone. A loader that is told "so much
+is done" goes on exactly where another one stopped, in the middle of an epoch, whatever happened in between, and with as
+many rows a batch, ranks and workers as it likes.
 """
 
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet.data.ahead import Feed
 from bitnet.data.tokens import UNSAID, validation_rows
 from bitnet.loss import IGNORE
 
 Ids = np.ndarray[Any, np.dtype[Any]]
+
+READY = 4
+"""Batches that a worker keeps ready."""
 
 
 def row_count(n_ids: int, seq_len: int) -> int:
@@ -34,6 +39,7 @@ class TrainLoader:
     An epoch draws as many rows as the files have together. Without weights each row comes exactly once; with them
     source i supplies its share of the draws, going round and round through its own shuffled rows.
     ``len`` is the number of batches in an epoch; rows that do not fill a batch of all ranks are left to chance.
+    With ``workers`` a thread reads the next batches while the trainer computes.
     """
 
     def __init__(
@@ -46,13 +52,16 @@ class TrainLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        workers: int = 0,
     ) -> None:
         self.sources, self.seq_len, self.batch_size, self.seed = sources, seq_len, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.counts = [row_count(len(s), seq_len) for s in sources]
         self.rows_per_epoch = sum(self.counts)
         self.draws = _shares(self.counts, weights)
-        self.rows_done = 0
+        self.epoch, self.rows_done = 0, 0
+        """The epoch, and how many of its rows have been handed to the trainer."""
+        self.feed: Feed[dict[str, Tensor]] = Feed(READY if workers else 0)
 
     @property
     def rows_per_batch(self) -> int:
@@ -80,15 +89,19 @@ class TrainLoader:
         return endless[offset : offset + draws]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The rest of the epoch that ``rows_done`` lies in."""
-        per_epoch = len(self) * self.rows_per_batch
-        epoch, position = divmod(self.rows_done, per_epoch)
-        source, row = self.plan(epoch)
-        while position < per_epoch:
-            mine = range(position + self.rank * self.batch_size, position + (self.rank + 1) * self.batch_size)
-            rows = [self._read(int(source[n]), int(row[n])) for n in mine]
-            position += self.rows_per_batch
+        """The rest of the epoch, or the next one where no batch is left of it."""
+        if self.rows_done + self.rows_per_batch > self.rows_per_epoch:
+            self.epoch, self.rows_done = self.epoch + 1, 0
+        for batch in self.feed.over(self._batches(self.epoch, self.rows_done)):
             self.rows_done += self.rows_per_batch
+            yield batch
+
+    def _batches(self, epoch: int, rows_done: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches behind the first ``rows_done`` rows of an epoch; changes nothing, so may run ahead."""
+        source, row = self.plan(epoch)
+        for first in range(rows_done, self.rows_per_epoch - self.rows_per_batch + 1, self.rows_per_batch):
+            mine = range(first + self.rank * self.batch_size, first + (self.rank + 1) * self.batch_size)
+            rows = [self._read(int(source[n]), int(row[n])) for n in mine]
             yield make_batch(torch.from_numpy(np.stack(rows)))
 
     def _read(self, source: int, row: int) -> Ids:
@@ -96,10 +109,13 @@ class TrainLoader:
         return self.sources[source][start : start + self.seq_len + 1].astype(np.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows_done": self.rows_done}
+        return {"epoch": self.epoch, "rows_done": self.rows_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows_done = state["rows_done"]
+        self.feed.close()
+        self.epoch, self.rows_done = state.get("epoch", 0), state["rows_done"]
+        if "epoch" not in state:  # of an older version, which counted on over all epochs
+            self.epoch, self.rows_done = divmod(self.rows_done, len(self) * self.rows_per_batch)
 
 
 def _shares(counts: list[int], weights: list[float] | None) -> list[int]:

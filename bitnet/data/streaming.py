@@ -2,11 +2,17 @@
 
 Documents are tokenized on the fly and cut into rows as in ``tokens.py``. Rows are gathered into blocks; a block is
 shuffled by ``(seed, block number)`` and handed out. The state is where the block began: the dataset's own position,
-the ids left over from the row before, and how many batches of the block are done. To resume, the block is made again.
+the ids left over from the row before, and how many rows of the block are done. To resume, the block is made again.
+
+With ``workers`` a thread makes the next block while this one is handed out, and tokenizes that many chunks of text at a
+time. Reading, tokenizing and shuffling know nothing of the state; it follows the rows that the trainer has received.
 """
 
 import json
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +20,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bitnet.data.ahead import Feed
 from bitnet.data.corpora import BUILTIN, HUGGING_FACE, Reading, list_files, load_hugging_face, read_documents
-from bitnet.data.loader import make_batch
+from bitnet.data.loader import Ids, make_batch
 from bitnet.errors import UserError
+
+CHUNK = 1 << 18
+"""Characters of text that are tokenized in one call, and after which the position of the stream is noted."""
 
 
 def _file_documents(files: list[Any], reading: Reading) -> Iterator[dict[str, str]]:
@@ -70,8 +80,34 @@ def take_head(dataset: Any, text_key: str, val_bytes: int, sample_bytes: int) ->
     return val, sample, records
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a block begins."""
+
+    block: int
+    passes: int
+    """How often the stream has ended before."""
+    position: Any
+    """The dataset's own state; None at its beginning."""
+    leftover: Ids
+    """Ids that were read already and belong to this block and those after it."""
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Documents that come one after another, and where the stream stands behind them."""
+
+    documents: list[str]
+    passes: int
+    position: Any
+
+
 class StreamLoader:
-    """Endless batches of ``batch_size`` rows for one rank; ``length`` is what the trainer takes for an epoch."""
+    """Endless batches of ``batch_size`` rows for one rank; ``length`` is what the trainer takes for an epoch.
+
+    A run keeps the size of the blocks that it began with, so that the order of rows stays the same when it goes on with
+    another number of rows a batch.
+    """
 
     def __init__(
         self,
@@ -87,69 +123,123 @@ class StreamLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        workers: int = 0,
     ) -> None:
         self.stream, self.tokenizer, self.eos_id = dataset, tokenizer, eos_id
         self.seq_len, self.batch_size, self.text_key = seq_len, batch_size, text_key
-        self.block_batches, self.length, self.seed = block_batches, length, seed
-        self.rank, self.world_size = rank, world_size
-        self._block, self._passes, self._batches_done = 0, 0, 0
-        self._leftover: list[int] = []
-        self._position: Any = None
+        self.length, self.seed = length, seed
+        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.block_rows = block_batches * batch_size * world_size
+        self._place = Place(0, 0, None, np.empty(0, dtype=np.int32))
+        self._rows_done = 0
+        self.feed: Feed[tuple[Ids, Place]] = Feed(1 if workers else 0)
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self._position is not None:
-            self.stream.set_epoch(self._passes)  # a position is taken up only in the epoch that it belongs to
-            self.stream.load_state_dict(self._position)
-        documents = iter(self.stream)
+        per_batch = self.batch_size * self.world_size
+        blocks = self.feed.over(self._blocks(self._place))
+        rows: Ids | None = None
         while True:
-            rows, documents, after = self._next_block(documents)
-            order = np.random.default_rng([self.seed, self._block]).permutation(len(rows))
-            per_batch = self.batch_size * self.world_size
-            while self._batches_done < self.block_batches:
-                first = self._batches_done * per_batch + self.rank * self.batch_size
-                chosen = order[first : first + self.batch_size]
-                self._batches_done += 1
-                yield make_batch(torch.from_numpy(rows[chosen]))
-            self._position, self._leftover, self._passes = after
-            self._block, self._batches_done = self._block + 1, 0
+            parts: list[Ids] = []
+            missing = per_batch
+            while missing:  # a batch lies in two blocks where a run goes on with another number of rows a batch
+                if rows is None:
+                    if (block := next(blocks, None)) is None:
+                        return  # closed
+                    rows, after = block
+                parts.append(rows[self._rows_done : self._rows_done + missing])
+                missing -= len(parts[-1])
+                self._rows_done += len(parts[-1])
+                if self._rows_done == len(rows):
+                    self._place, self._rows_done, rows = after, 0, None
+            mine = np.concatenate(parts)[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            yield make_batch(torch.from_numpy(mine.astype(np.int64)))
 
-    def _next_block(self, documents: Iterator[Any]) -> tuple[Any, Iterator[Any], tuple[Any, list[int], int]]:
-        """Rows of one block (R, seq_len + 1), the iterator to go on with, and the state behind the block."""
-        wanted = self.block_batches * self.batch_size * self.world_size * self.seq_len + 1
-        ids, passes, fruitless = list(self._leftover), self._passes, False
-        while len(ids) < wanted:
-            record = next(documents, None)
-            if record is None:
-                if fruitless:
-                    raise UserError("data.path: the stream has no text in it.")
-                fruitless, passes = True, passes + 1
-                self.stream.set_epoch(passes)
-                documents = iter(self.stream)
-                continue
-            text = record[self.text_key]
-            if text and text.strip():
-                fruitless = False
-                ids.extend(self.tokenizer.encode(text, add_special_tokens=False).ids)
-                ids.append(self.eos_id)
-        tokens = np.asarray(ids[:wanted], dtype=np.int64)
-        starts = np.arange(0, wanted - 1, self.seq_len)
-        rows = np.stack([tokens[s : s + self.seq_len + 1] for s in starts])
-        return rows, documents, (self.stream.state_dict(), ids[wanted - 1 :], passes)
+    def _blocks(self, place: Place) -> Iterator[tuple[Ids, Place]]:
+        """Shuffled rows (R, seq_len + 1) of one block after another, each with the place behind it."""
+        wanted = self.block_rows * self.seq_len + 1
+        encoded = self._encoded(place)
+        while True:
+            parts, passes, position = [place.leftover], place.passes, place.position
+            found = len(place.leftover)
+            while found < wanted:
+                ids, passes, position = next(encoded)
+                parts.append(ids)
+                found += len(ids)
+            ids = np.concatenate(parts)
+            rows = np.lib.stride_tricks.sliding_window_view(ids[:wanted], self.seq_len + 1)[:: self.seq_len]
+            order = np.random.default_rng([self.seed, place.block]).permutation(len(rows))
+            place = Place(place.block + 1, passes, position, ids[wanted - 1 :].copy())
+            yield rows[order], place
+
+    def _encoded(self, place: Place) -> Iterator[tuple[Ids, int, Any]]:
+        """Ids of one chunk of documents after another, with passes and position behind it."""
+        if self.workers < 2:
+            yield from map(self._encode, self._chunks(place))
+            return
+        pending: deque[Future[tuple[Ids, int, Any]]] = deque()
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="bitnet-tokenize") as pool:
+            try:
+                for texts in self._chunks(place):
+                    pending.append(pool.submit(self._encode, texts))
+                    if len(pending) > self.workers:
+                        yield pending.popleft().result()
+            except UserError:  # comes in its turn: behind what was read before it
+                while pending:
+                    yield pending.popleft().result()
+                raise
+
+    def _encode(self, texts: _Texts) -> tuple[Ids, int, Any]:
+        """``encode`` would keep all other threads waiting; ``encode_batch_fast`` does not, and gives the same ids."""
+        parts = []
+        for encoding in self.tokenizer.encode_batch_fast(texts.documents, add_special_tokens=False):
+            parts += [np.asarray(encoding.ids, dtype=np.int32), np.asarray([self.eos_id], dtype=np.int32)]
+        return np.concatenate(parts), texts.passes, texts.position
+
+    def _chunks(self, place: Place) -> Iterator[_Texts]:
+        """The documents of the stream from ``place`` on, round and round."""
+        limit = min(CHUNK, self.block_rows * self.seq_len)  # what is read beyond a block goes into the checkpoint
+        passes, barren = place.passes, 0
+        self.stream.set_epoch(passes)  # a position is taken up only in the epoch that it belongs to
+        if place.position is not None:
+            self.stream.load_state_dict(place.position)
+        while barren < 2:  # the first may have been resumed at its very end
+            barren += 1
+            documents: list[str] = []
+            size = 0
+            for record in self.stream:
+                text = record[self.text_key]
+                if text and text.strip():
+                    documents.append(text)
+                    size += len(text)
+                if size >= limit:
+                    yield _Texts(documents, passes, self.stream.state_dict())
+                    documents, size, barren = [], 0, 0
+            passes += 1
+            if documents:
+                yield _Texts(documents, passes, None)
+                barren = 0
+            self.stream.set_epoch(passes)
+        raise UserError("data.path: the stream has no text in it.")
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only: the position is JSON text, since a checkpoint holds no objects."""
         return {
-            "block": self._block,
-            "batches_done": self._batches_done,
-            "passes": self._passes,
-            "leftover": torch.tensor(self._leftover, dtype=torch.int64),
-            "position": json.dumps(self._position),
+            "block": self._place.block,
+            "block_rows": self.block_rows,
+            "rows_done": self._rows_done,
+            "passes": self._place.passes,
+            "leftover": torch.from_numpy(self._place.leftover),
+            "position": json.dumps(self._place.position),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._block, self._batches_done, self._passes = state["block"], state["batches_done"], state["passes"]
-        self._leftover = state["leftover"].tolist()
-        self._position = json.loads(state["position"])
+        self.feed.close()
+        leftover = state["leftover"].numpy().astype(np.int32)
+        self._place = Place(state["block"], state["passes"], json.loads(state["position"]), leftover)
+        if "batches_done" in state:  # of an older version, which could not go on with other rows a batch
+            self._rows_done = state["batches_done"] * self.batch_size * self.world_size
+        else:
+            self._rows_done, self.block_rows = state["rows_done"], state["block_rows"]

@@ -1,35 +1,31 @@
 """What happens around the training steps: random state, figures for TensorBoard, sample text, checkpoints.
 
 Tags: ``train/loss``, ``train/bpb``, ``val/loss``, ``val/bpb``, ``quant/zero_fraction``, ``quant/flip_rate``,
-``perf/tokens_per_s``, ``perf/flops_per_s``, ``perf/peak_share`` (where the peak is known), ``train/lr``,
-``train/weight_decay``, ``train/grad_norm``, histograms ``weights/<layer>`` and ``samples/text``. The step axis counts
-optimizer steps.
+``train/lr``, ``train/weight_decay``, ``train/grad_norm``, ``perf/...`` (``speed.py``), ``watch/spikes`` (``watch.py``),
+histograms ``weights/<layer>`` and ``samples/text``. The step axis counts optimizer steps.
 """
 
 import math
-import random
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from bitnet.data.tokens import UNSAID
-from bitnet.estimate import flops_per_token
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
 from bitnet.layers.sharding import share_scales
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import RunProgress
+from bitnet.training.random_state import random_state, set_random_state
 from bitnet.training.report import RunReport
-from bitnet.training.strategies import data_parallel_size
+from bitnet.training.speed import Speed
 from bitnet.training.tensorboard import CUSTOM_SCALARS, SAMPLE, text_image
+from bitnet.training.watch import Watch
 
 
 def tensorboard(trainer: L.Trainer) -> Any | None:
@@ -53,14 +49,7 @@ class RandomState(Callback):
         self._state: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        version, values, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": [version, list(values), gauss],
-            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        }
+        return random_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
@@ -68,16 +57,9 @@ class RandomState(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._state is None:
-            return
-        state, self._state = self._state, None
-        torch.set_rng_state(state["torch"])
-        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
-        version, values, gauss = state["python"]
-        random.setstate((version, tuple(values), gauss))
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        if self._state is not None:
+            set_random_state(self._state)
+            self._state = None
 
 
 def is_log_step(trainer: L.Trainer, step: int) -> bool:
@@ -89,10 +71,7 @@ class TrainingMetrics(Callback):
     """Loss, schedule, gradient norm and speed, every ``trainer.log_every_n_steps``."""
 
     def __init__(self) -> None:
-        self._seconds = 0.0
-        self._tokens = 0
-        self._started = 0.0
-        self._grad_norm = math.nan
+        self._speed = Speed()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
         if writer := tensorboard(trainer):
@@ -101,38 +80,24 @@ class TrainingMetrics(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._started = time.monotonic()
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: LitBitNet, optimizer: Any) -> None:  # type: ignore[override]
-        if is_log_step(trainer, trainer.global_step + 1):
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+        self._speed.start()
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        self._seconds += time.monotonic() - self._started
-        self._tokens += batch["inputs"].numel() * data_parallel_size(trainer)
+        self._speed.stop(batch["inputs"].numel())
         if not is_log_step(trainer, trainer.global_step) or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        tokens_per_s = self._tokens / max(self._seconds, 1e-9)
-        flops = tokens_per_s * flops_per_token(pl_module.config, pl_module.data.seq_len)
         group = pl_module.optimizers(use_pl_optimizer=False).param_groups[0]  # type: ignore[union-attr]
         metrics = {
             "train/loss": loss,
             "train/bpb": loss / math.log(2) / pl_module.data.tokens.bytes_per_token(),
             "train/lr": float(group["lr"]),
             "train/weight_decay": group["weight_decay"],
-            "train/grad_norm": self._grad_norm,
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/flops_per_s": flops,
+            "train/grad_norm": float(pl_module.grad_norm),
         }
-        peak = get_available_flops(pl_module.device, torch.bfloat16) if pl_module.device.type == "cuda" else None
-        if peak:
-            metrics["perf/peak_share"] = flops / (peak * trainer.world_size)
-        log_metrics(trainer, metrics)
-        self._seconds, self._tokens = 0.0, 0
+        log_metrics(trainer, metrics | self._speed.figures(trainer, pl_module))
 
 
 class QuantMetrics(Callback):
@@ -246,9 +211,13 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def default_callbacks() -> list[Callback]:
-    """Present in every run; a config adds others. ``LastCheckpoint`` joins them unless a config sets its pace."""
+    """Present in every run; a config adds others, or replaces one by its own of that class.
+
+    ``LastCheckpoint`` joins them unless a config sets its pace.
+    """
     return [
         RandomState(),
+        Watch(),
         RunProgress(),
         TrainingMetrics(),
         QuantMetrics(),

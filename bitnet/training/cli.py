@@ -27,12 +27,12 @@ with triton_unseen_without_gpu():
 from bitnet.checkpoint import build, check_fits, find_checkpoint, read_checkpoint
 from bitnet.config import ModelConfig, OptimConfig
 from bitnet.data.datamodule import TokenDataModule
-from bitnet.errors import UserError
+from bitnet.errors import SaidByFirstProcess, UserError
 from bitnet.parse_errors import explain
 from bitnet.progress import PreparationProgress
 from bitnet.recipes import RECIPES, BitNet, Recipe
 from bitnet.training.atomic import AtomicCheckpointIO, remove_partial_files
-from bitnet.training.callbacks import LastCheckpoint, default_callbacks
+from bitnet.training.callbacks import LastCheckpoint, RandomState, default_callbacks
 from bitnet.training.lit import LitBitNet
 from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
 from bitnet.training.shipped import find_config
@@ -61,6 +61,8 @@ class OneLineParser(LightningArgumentParser):
 
 def report_error(error: BaseException) -> int:
     """Print a ``UserError`` as one line; return the exit code."""
+    if isinstance(error, SaidByFirstProcess):
+        return 2
     print(f"error: {error}", file=sys.stderr)
     return 2
 
@@ -137,10 +139,16 @@ class FitCLI(LightningCLI):
         callbacks = self.config_init.fit.trainer.callbacks or []
         if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
             kwargs["callbacks"] = [*callbacks, LastCheckpoint()]
+        own_kinds = {type(callback) for callback in callbacks}
+        defaults = self.trainer_defaults["callbacks"]
+        self.trainer_defaults["callbacks"] = [c for c in defaults if type(c) not in own_kinds]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        # Others look at the random state, so it is restored before their turn; those of a config would come first.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RandomState))
+        return trainer
 
     def _adopt(self, parent: dict[str, Any]) -> None:
         """Take sizes and tokenizer from the model that the recipe starts from, so that nobody has to repeat them."""
@@ -159,7 +167,8 @@ class FitCLI(LightningCLI):
         if self.ckpt_path is None and not is_free(self.run_folder):
             shutil.rmtree(self.run_folder)  # --overwrite, and nothing is wrong with the new run
         self.run_folder.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(self.run_folder / "checkpoints")
+        for folder in ("checkpoints", "incidents"):
+            remove_partial_files(self.run_folder / folder)
         self._write_config()
         self.datamodule.save_tokenizer(self.run_folder)
 

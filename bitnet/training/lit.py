@@ -71,6 +71,8 @@ class LitBitNet(L.LightningModule):
         self.resumes = False
         """Whether a checkpoint of this run will fill the model: then nothing is calibrated again."""
         self.model: Transformer | None = None
+        self.grad_norm = torch.tensor(torch.nan)
+        """Norm of the gradient of the last optimizer step, all parameters together, before clipping."""
         self._validation = Score()
         self._refreshed_at = -1
 
@@ -221,13 +223,17 @@ class LitBitNet(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning's, which refuses fused optimizers under bf16 although nothing is scaled there."""
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        """As Lightning's, which refuses fused optimizers under bf16 although nothing is scaled there.
+
+        Clipping finds the norm anyway, so whoever wants to know it reads it here; it stays on the device.
+        """
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         else:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            if gradient_clip_val:
+                torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.recipe.loss(self.transformer, batch)

@@ -17,6 +17,12 @@ from bitnet.training.strategies import data_parallel_size
 PLAIN_SECONDS = 10.0
 
 
+def say(trainer: L.Trainer, line: str) -> None:
+    """Print a line above the bar, in the first process."""
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.print(line, markup=False)
+
+
 class RunProgress(ProgressBar):
     """Step, loss, bits per byte, tokens/s and time left; other output is printed above the bar."""
 

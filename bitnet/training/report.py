@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from bitnet.estimate import count_parameters
 from bitnet.layers import level_shares, low_bit_layers
+from bitnet.training.progress import say
 
 Curve = list[tuple[int, float]]
 
@@ -112,7 +113,7 @@ class RunReport(Callback):
             lines.append(f"export  these sizes suit {'; '.join(fits) if fits else 'no format'}")
         lines += [f"        not {name}: {why}" for name, why in obstacles.items() if why]
         for line in lines:
-            _print(trainer, line)
+            say(trainer, line)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
@@ -132,6 +133,7 @@ class RunReport(Callback):
                 "val/loss",
                 "val/bpb",
                 "perf/tokens_per_s",
+                "perf/communication_share",
                 "quant/zero_fraction",
                 "quant/flip_rate",
             ),
@@ -153,7 +155,7 @@ class RunReport(Callback):
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         for line in _closing_lines(folder, summary, trainer.global_step - self._first_step):
-            _print(trainer, line)
+            say(trainer, line)
 
 
 def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[str]:
@@ -170,6 +172,8 @@ def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[st
         lines.append(f"  weights      {zero:.1%} zeros; a step changed {flips:.3%} of them on average")
     if "perf/tokens_per_s" in figures:
         lines.append(f"  speed        {figures['perf/tokens_per_s']:,.0f} tokens/s")
+    if "perf/communication_share" in figures:
+        lines.append(f"  collectives  {figures['perf/communication_share']:.1%} of the time of the profiled steps")
     lines += [
         "Next:",
         f'  {bitnet} generate {folder} --prompt "The" --max_new_tokens 100',
@@ -177,9 +181,3 @@ def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[st
         f"  {bitnet} fit --config tiny --data.path my_texts/ --trainer.max_steps 500",
     ]
     return lines
-
-
-def _print(trainer: L.Trainer, line: str) -> None:
-    progress = trainer.progress_bar_callback
-    if progress is not None:
-        progress.print(line, markup=False)

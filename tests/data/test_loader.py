@@ -1,11 +1,16 @@
 """Order of rows: every row once an epoch, mixed as asked, and resumed at any point in the same order."""
 
+import gc
+import itertools
+import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from bitnet.data.ahead import Ahead, Feed
 from bitnet.data.loader import EvalLoader, TrainLoader
 from bitnet.loss import IGNORE
 
@@ -36,25 +41,117 @@ def test_an_epoch_has_each_row_once_and_epochs_differ() -> None:
     assert first_ids(loader([30])) == epochs[0] and first_ids(loader([30], seed=1)) != epochs[0]
 
 
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (1, 0), (4, 1)])
 @pytest.mark.parametrize("counts,weights", [([17], None), ([12, 9], [0.3, 0.7])])
-def test_resume_at_every_batch_gives_the_same_order(counts, weights) -> None:
+def test_resume_at_every_batch_gives_the_same_order(counts, weights, workers) -> None:
     whole = loader(counts, weights=weights)
     order = [b["inputs"] for _ in range(2) for b in whole]
     per_epoch = len(whole)
     for stop in range(2 * per_epoch):
-        started = loader(counts, weights=weights)
+        started = loader(counts, weights=weights, workers=workers[0])
         seen = []
         while len(seen) < stop:
             for batch in started:
                 seen.append(batch["inputs"])
                 if len(seen) == stop:
                     break
-        resumed = loader(counts, weights=weights)
+        resumed = loader(counts, weights=weights, workers=workers[1])
         resumed.load_state_dict(started.state_dict())
         rest: list[torch.Tensor] = []
         while len(seen) + len(rest) < len(order):
             rest += [b["inputs"] for b in resumed]
         assert torch.equal(torch.stack(seen + rest), torch.stack(order)), stop
+
+
+@pytest.mark.parametrize("geometry", [((2, 4), (1, 8), (4, 2)), ((2, 4), (1, 3), (2, 5))])
+def test_another_number_of_ranks_or_rows_goes_on_with_the_next_row(geometry) -> None:
+    """Five batches with each of (ranks, rows a rank): the order of one process, within an epoch of 107 rows."""
+    state, rows = {"epoch": 0, "rows_done": 0}, []
+    for ranks, batch_size in geometry:
+        loaders = [loader([107], batch_size, rank=r, world_size=ranks) for r in range(ranks)]
+        for data in loaders:
+            data.load_state_dict(state)
+        for batches in itertools.islice(zip(*loaders, strict=True), 4):
+            rows += first_ids(batches)
+        states = [data.state_dict() for data in loaders]
+        assert all(s == states[0] for s in states)
+        state = states[0]
+    assert rows == first_ids(loader([107], 1))[: len(rows)] and len(rows) == sum(4 * r * b for r, b in geometry)
+    last = loader([107], 8)
+    last.load_state_dict(state)
+    first_ids(last)  # what is left of this epoch
+    assert first_ids(last)[:5] == [*first_ids(loader([107], 107)), *first_ids(_second_epoch())][107:112]
+
+
+def _second_epoch() -> TrainLoader:
+    data = loader([107], 1)
+    data.load_state_dict({"epoch": 1, "rows_done": 0})
+    return data
+
+
+def test_state_of_an_older_version_is_taken_up() -> None:
+    data = loader([30])  # 10 batches of 3 an epoch
+    first_ids(data)
+    expected = first_ids(data)
+    old = loader([30])
+    old.load_state_dict({"rows_done": 42})
+    assert first_ids(old) == expected[12:]
+
+
+def test_a_worker_ends_with_its_loader_and_passes_errors_on() -> None:
+    data = loader([40], workers=1)
+    iterator = iter(data)
+    next(iterator)
+    assert any(t.name == "bitnet-ahead" for t in threading.enumerate())
+    del data, iterator
+    gc.collect()
+    assert not any(t.name == "bitnet-ahead" for t in threading.enumerate())
+
+    def failing():
+        yield 1
+        raise KeyError("two")
+
+    items = Ahead(failing(), 3)
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="two"):
+        next(items)
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+def test_a_worker_is_ahead_by_no_more_than_it_may() -> None:
+    made, before = [], threading.active_count()
+
+    def items():
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    feed = Feed(3)
+    reader = feed.over(items())
+    assert next(reader) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert made == [0, 1, 2, 3, 4]  # one read, three ready, one in hand
+    feed.close()
+    assert list(reader) == [] and threading.active_count() == before
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_waiting_is_counted(depth) -> None:
+    """Ten items of 20 ms, each used for 40 ms: without a thread all of the making is waited for, with one little."""
+
+    def items():
+        for i in range(10):
+            time.sleep(0.02)
+            yield i
+
+    feed = Feed(depth)
+    for _ in feed.over(items()):
+        time.sleep(0.04)
+    assert (feed.waited >= 0.2) if depth == 0 else (0.015 <= feed.waited < 0.15)
 
 
 def test_weights_decide_the_shares_and_small_sources_go_round() -> None:

@@ -1,6 +1,8 @@
 """Streams: the same rows as the text, shuffled in blocks, resumed exactly at every batch."""
 
+import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,10 +32,10 @@ def tokenizer():
     return train_tokenizer([story_text(10)], 300)
 
 
-def stream(paths: list[str], tokenizer, weights=None, **options) -> StreamLoader:
+def stream(paths: list[str], tokenizer, weights=None, rows=2, **options) -> StreamLoader:
     dataset = open_stream(paths, weights, Reading(), seed=0)
     settings = {"text_key": "text", "block_batches": 3, "length": 10**9, **options}
-    return StreamLoader(dataset, tokenizer, 0, 16, 2, **settings)
+    return StreamLoader(dataset, tokenizer, 0, 16, rows, **settings)
 
 
 def take(loader: StreamLoader, n: int) -> list[torch.Tensor]:
@@ -91,3 +93,87 @@ def test_head_is_held_out(shards) -> None:
     assert next(iter(dataset.skip(records)))["text"] == sample[0]
     with pytest.raises(UserError, match="ends within the first"):
         take_head(dataset, "text", 10**9, 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 600, 1 << 18])
+def test_resume_is_exact_with_any_workers_before_and_after(shards, tokenizer, tmp_path, monkeypatch, chunk) -> None:
+    """Stops at every kind of place; what a worker has made ready and nobody has read is made again."""
+    monkeypatch.setattr("bitnet.data.streaming.CHUNK", chunk)
+    (tmp_path / "other.txt").write_text(story_text(5, seed=9))
+    paths, weights = [str(shards), str(tmp_path)], [0.7, 0.3]
+    total = 150
+    order = torch.stack(take(stream(paths, tokenizer, weights), total))
+    for (before, after), stop in zip(
+        itertools.product((0, 1, 4), repeat=2), (1, 3, 4, 56, 57, 58, 113, 120, 149), strict=True
+    ):
+        started = stream(paths, tokenizer, weights, workers=before)
+        seen = take(started, stop)
+        resumed = stream(paths, tokenizer, weights, workers=after)
+        resumed.load_state_dict(started.state_dict())
+        rest = take(resumed, total - stop)
+        assert torch.equal(torch.stack(seen + rest), order), (before, after, stop)
+        started.feed.close()
+        resumed.feed.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("bitnet")]
+
+
+def together(paths, tokenizer, state, batches: int, ranks: int, rows: int, **options) -> tuple[torch.Tensor, dict]:
+    """Rows of ``batches`` batches of all ranks in their order, and the state that rank 0 would save."""
+    loaders = [stream(paths, tokenizer, rows=rows, rank=r, world_size=ranks, **options) for r in range(ranks)]
+    for loader in loaders if state else ():
+        loader.load_state_dict(state)
+    batches_of = [take(loader, batches) for loader in loaders]
+    states = [loader.state_dict() for loader in loaders]
+    assert all(str(s) == str(states[0]) for s in states)
+    return torch.cat([part for parts in zip(*batches_of, strict=True) for part in parts]), states[0]
+
+
+@pytest.mark.parametrize("per_step", [(8, 8, 8), (8, 4, 12), (2, 8, 5)])
+def test_another_number_of_ranks_or_rows_goes_on_with_the_next_row(shards, tokenizer, per_step) -> None:
+    """2 ranks, then 1, then 4 (or 1): the rows of one process that was never stopped, also within a block of 24."""
+    paths = [str(shards)]
+    parts, state = [], None
+    for rows_per_step, ranks, batches in zip(per_step, (2, 1, 1 if per_step[2] % 4 else 4), (5, 10, 11), strict=True):
+        options = {"block_batches": 24 // per_step[0]}
+        part, state = together(paths, tokenizer, state, batches, ranks, rows_per_step // ranks, **options)
+        parts.append(part)
+    rows = torch.cat(parts)
+    alone = torch.cat(take(stream(paths, tokenizer, rows=1, block_batches=24), len(rows)))
+    assert torch.equal(rows, alone)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_an_error_in_the_text_arrives_where_its_rows_would(shards, tokenizer, tmp_path, workers) -> None:
+    (tmp_path / "a.jsonl").write_text((shards / "part-0.jsonl").read_text())
+    (tmp_path / "b.jsonl").write_text("{broken")
+    loader = stream([str(tmp_path)], tokenizer, workers=workers)
+    seen: list[torch.Tensor] = []
+    with pytest.raises(UserError, match=r"b\.jsonl: line 1 is not JSON"):
+        for batch in loader:
+            seen.append(batch["inputs"])
+    whole = take(stream([str(shards)], tokenizer), len(seen))
+    assert len(seen) >= 30 and torch.equal(torch.stack(seen), torch.stack(whole)[..., :-1])
+
+
+def test_a_stream_without_text_says_so(tokenizer, tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": " "}')
+    for workers in (0, 2):
+        with pytest.raises(UserError, match="no text in it"):
+            take(stream([str(tmp_path)], tokenizer, workers=workers), 1)
+
+
+def test_state_of_an_older_version_is_taken_up(shards, tokenizer) -> None:
+    order = take(stream([str(shards)], tokenizer), 9)
+    loader = stream([str(shards)], tokenizer)
+    take(loader, 5)
+    state = loader.state_dict()
+    old = {
+        "block": 1,
+        "batches_done": 2,
+        "passes": 0,
+        "leftover": state["leftover"].long(),
+        "position": state["position"],
+    }
+    resumed = stream([str(shards)], tokenizer)
+    resumed.load_state_dict(old)
+    assert torch.equal(torch.stack(take(resumed, 4)), torch.stack(order[5:]))

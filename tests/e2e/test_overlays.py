@@ -95,8 +95,8 @@ def test_compiled_blocks_train_like_eager_ones(stories, tmp_path) -> None:
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
 
 
-def command(arguments: list[str], **environment: str) -> None:
-    """train.py in a process of its own, as a user would call it."""
+def command(arguments: list[str], **environment: str) -> str:
+    """What train.py prints in a process of its own, as a user would call it."""
     done = subprocess.run(
         [sys.executable, "train.py", *arguments],
         cwd=ROOT,
@@ -105,6 +105,7 @@ def command(arguments: list[str], **environment: str) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow

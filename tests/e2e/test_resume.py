@@ -15,6 +15,7 @@ import torch
 
 from bitnet.checkpoint import read_checkpoint, weights_digest
 from bitnet.training.cli import main as fit
+from bitnet.training.lit import LitBitNet
 
 from ..conftest import story_text, tiny_options
 
@@ -47,10 +48,18 @@ STREAM = ("--data.streaming=true", "--data.stream_block=3", "--data.stream_val_b
 WINDOW = ("--trainer.accumulate_grad_batches=3",)
 
 
-@pytest.mark.parametrize("options", [(), STREAM, WINDOW, (*STREAM, *WINDOW)], ids=["rows", "stream", "window", "both"])
+WORKERS = ("--data.workers=2",)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), STREAM, WINDOW, (*STREAM, *WINDOW), WORKERS, (*STREAM, *WINDOW, *WORKERS)],
+    ids=["rows", "stream", "window", "both", "rows-workers", "both-workers"],
+)
 def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, run_fit, options) -> None:
     steps = 30  # 60 batches of 4 rows an epoch, fewer with accumulation: stops fall inside and between epochs
-    run_fit(text, tmp_path / "whole", f"--trainer.max_steps={steps}", *options)
+    alone = tuple(option for option in options if option not in WORKERS)
+    run_fit(text, tmp_path / "whole", f"--trainer.max_steps={steps}", *alone)
     folder = tmp_path / "parts"
     run_fit(text, folder, f"--trainer.max_steps={steps}", *options, "--trainer.limit_train_batches=1.0")
     content = read_checkpoint(folder)
@@ -59,7 +68,7 @@ def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, run_fit, optio
         parts = tmp_path / f"parts{stop}"
         _stop_after(stop, text, parts, steps, options)
         assert read_checkpoint(parts)["global_step"] == stop
-        run_fit(text, parts, f"--trainer.max_steps={steps}", *options, "--ckpt_path=last")
+        run_fit(text, parts, f"--trainer.max_steps={steps}", *(alone if stop == 7 else options), "--ckpt_path=last")
         assert run_digest(parts) == run_digest(tmp_path / "whole"), stop
 
 
@@ -86,6 +95,28 @@ def test_the_state_of_another_optimizer_is_refused_in_one_line(text, tmp_path, r
     assert fit([*tiny_options(text, tmp_path / "run"), *options]) == 2
     expected = "error: ckpt_path: that run used optim.kind = adamw, not muon; its state does not fit."
     assert capsys.readouterr().err.strip().splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("options", [(), (*STREAM, "--data.workers=1")], ids=["rows", "stream"])
+def test_a_run_that_goes_on_with_other_rows_a_step_sees_the_next_row(
+    text, tmp_path, run_fit, monkeypatch, options
+) -> None:
+    """10 steps of 4 rows, 5 of 8, 8 of 3: the first 104 rows of one run of 4 (26 steps), in its order."""
+    seen: list[torch.Tensor] = []
+    original = LitBitNet.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        seen.append(batch["inputs"])
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitBitNet, "training_step", training_step)
+    last = ()
+    for steps, rows in ((10, 4), (15, 8), (23, 3)):
+        run_fit(text, tmp_path / "run", f"--trainer.max_steps={steps}", f"--data.batch_size={rows}", *options, *last)
+        last = ("--ckpt_path=last",)
+    changed, seen[:] = torch.cat(seen), []
+    run_fit(text, tmp_path / "whole", "--trainer.max_steps=26", *options)
+    assert torch.equal(changed, torch.cat(seen))
 
 
 class Stop(Exception):
