@@ -101,7 +101,7 @@ class ChunkedNats(torch.autograd.Function):
         ctx.grad_x = torch.empty_like(x) if needs_x else None
         ctx.grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
         ctx.dtypes, ctx.used = (x.dtype, weight.dtype), False
-        total = torch.zeros((), device=x.device)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)
             for start in range(0, x.shape[0], chunk):

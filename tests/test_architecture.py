@@ -117,3 +117,13 @@ def test_no_file_has_grown_past_its_job() -> None:
 def test_kernels_folder_is_no_package() -> None:
     """A top-level ``kernels`` package would hide the one of that name that transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("file", python_files("kernels") + python_files("bitnet/layers"), ids=lambda f: f.name)
+def test_new_tensors_say_their_dtype(file) -> None:
+    """The default dtype is bf16 inside a bf16-true run: memory that C code fills must not depend on it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            made = getattr(node.func.value, "id", "") == "torch" and node.func.attr in ("empty", "zeros", "ones")
+            meta = file.name in ("fake_quantized_linear.py", "lora_linear.py")
+            assert not made or meta or "dtype" in {k.arg for k in node.keywords}, f"{file.name}:{node.lineno}"

@@ -28,7 +28,7 @@ def grouped_product(x_q: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     """x_q (M, K), w (N, K) integer-valued float32, scale (N or 1, G) -> float32 (M, N), by the formula above."""
     size = -(-w.shape[1] // scale.shape[1])
     parts = zip(x_q.split(size, dim=1), w.split(size, dim=1), scale.t(), strict=True)
-    y = torch.zeros(x_q.shape[0], w.shape[0], device=x_q.device)
+    y = torch.zeros(x_q.shape[0], w.shape[0], dtype=torch.float32, device=x_q.device)
     for a, b, factor in parts:
         y += exact_sums(a, b) * factor
     return y

@@ -134,7 +134,7 @@ class FitCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_folder)
         if config.trainer.logger is True:
             kwargs["logger"] = RunLogger(self.run_folder, name="", version="")
-        own = config.trainer.plugins or []
+        own = self.config_init.fit.trainer.plugins or []
         kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
         callbacks = self.config_init.fit.trainer.callbacks or []
         if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):

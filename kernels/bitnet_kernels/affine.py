@@ -75,7 +75,7 @@ def affine_matmul_reference(
     codes = unpack_codes(packed, bits, k).long()
     groups = scale.shape[1]
     size = -(-k // groups)
-    y = torch.zeros(x.shape[0], codes.shape[0], device=x.device)
+    y = torch.zeros(x.shape[0], codes.shape[0], dtype=torch.float32, device=x.device)
     for g in range(groups):
         part = slice(g * size, min((g + 1) * size, k))
         a, b = x[:, part].cpu().long(), (codes[:, part] - zero_point[:, g : g + 1].long()).cpu()

@@ -39,7 +39,7 @@ def gradient_digits(
     m, n = g.shape
     high = torch.empty(m, n, dtype=torch.int8)
     low = torch.empty(m, n, dtype=torch.int8) if digits == 2 else None
-    inv_scale = torch.empty(n if per_column else m)
+    inv_scale = torch.empty(n if per_column else m, dtype=torch.float32)
     failed = lib.bitnet_gradient_digits(
         g.data_ptr(), None if row_inv is None else row_inv.data_ptr(), m, n, per_column, digits, high.data_ptr(),
         high.data_ptr() if low is None else low.data_ptr(), inv_scale.data_ptr(), torch.get_num_threads(),
@@ -67,13 +67,13 @@ def _gradient_digits(
 
 def join_digits(high: Tensor, low: Tensor | None, row_inv: Tensor, scale: Tensor | None = None) -> Tensor:
     """Sums int32 (or float32) (M, N) of the digits -> float32 ``(256 high + low) / (row_inv * scale)``."""
-    scale = torch.ones((), device=high.device) if scale is None else scale
+    scale = torch.ones((), dtype=torch.float32, device=high.device) if scale is None else scale
     if not _takes(high) or high.dtype != torch.int32:
         total = high.float() if low is None else high.float().mul_(256.0).add_(low)
         return total.mul_((row_inv * scale).reciprocal()[:, None])
     lib = native.library()
     assert lib is not None
-    out = torch.empty(high.shape)
+    out = torch.empty(high.shape, dtype=torch.float32)
     lib.bitnet_join_digits(
         high.data_ptr(), None if low is None else low.data_ptr(), *high.shape, row_inv.data_ptr(), float(scale),
         out.data_ptr(), torch.get_num_threads(),

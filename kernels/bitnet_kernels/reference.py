@@ -46,7 +46,7 @@ def packed_matmul_reference(
             scale = w_inv_scale if w_inv_scale is None or w_inv_scale.numel() == 1 else w_inv_scale[n : n + rows]
             out[:, n : n + rows] = scale_reference(torch._int_mm(x, w.t()), x_inv_scale, scale)
             continue
-        y = torch.zeros(M, w.shape[0])
+        y = torch.zeros(M, w.shape[0], dtype=torch.float32)
         for g, start in enumerate(range(0, k, group_size)):
             part = slice(start, min(start + group_size, k))
             y += torch._int_mm(x[:, part].contiguous(), w[:, part].t()).float() * group_scale[n : n + rows, g]

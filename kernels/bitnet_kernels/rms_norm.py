@@ -24,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         lib = native.library()
         assert lib is not None
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y, rstd = torch.empty_like(rows), torch.empty(rows.shape[0])
+        y, rstd = torch.empty_like(rows), torch.empty(rows.shape[0], dtype=torch.float32)
         lib.bitnet_norm_forward(
             rows.data_ptr(), *rows.shape, weight.data_ptr(), eps, native.lanes_of_torch(), y.data_ptr(),
             rstd.data_ptr(), torch.get_num_threads(), native.best_isa(),
@@ -39,7 +39,8 @@ class _RMSNorm(torch.autograd.Function):
         assert lib is not None
         threads = torch.get_num_threads()
         g = grad.reshape(rows.shape).contiguous()
-        grad_x, grad_weight = torch.empty_like(rows), torch.zeros(threads, rows.shape[1])
+        grad_x = torch.empty_like(rows)
+        grad_weight = torch.zeros(threads, rows.shape[1], dtype=torch.float32)
         lib.bitnet_norm_backward(
             g.data_ptr(), rows.data_ptr(), weight.data_ptr(), rstd.data_ptr(), *rows.shape, grad_x.data_ptr(),
             grad_weight.data_ptr(), threads, native.best_isa(),

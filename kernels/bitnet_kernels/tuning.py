@@ -45,7 +45,8 @@ def _fastest(shape: Shape, copies: list[Tensor], format: str, k: int, budget: in
     device, (m, n) = copies[0].device, (shape.m, shape.n)
     x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
     row_sum = x.sum(-1, dtype=torch.int32)
-    scales = torch.ones(m, 1, device=device), torch.ones(1, device=device)
+    ones = torch.ones(m, 1, dtype=torch.float32, device=device)
+    scales = ones, ones[0]
 
     def call(i: int, tile: Tile) -> Tensor:
         w = copies[i % len(copies)]

@@ -122,3 +122,18 @@ def test_two_processes_train_what_one_would(stories, tmp_path: Path, overlay) ->
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=2e-4)
     figures = [json.loads((tmp_path / n / "summary.json").read_text())["figures"] for n in ("one", "two")]
     assert figures[1]["val/loss"] == pytest.approx(figures[0]["val/loss"], abs=2e-3)
+
+
+def test_bf16_true_keeps_float32_latent_weights(stories, tmp_path, run_fit) -> None:
+    """Everything else is bf16, also the default dtype of new tensors, which no kernel may rely on."""
+    options = ["--config", "overlays/bf16_true", "--trainer.max_steps=30", "--model.optim.lr=1e-2"]
+    run_fit(stories, tmp_path / "run", *options)
+    content = read_checkpoint(tmp_path / "run")
+    for name, tensor in content["state_dict"].items():
+        latent = name.endswith(
+            (".wq.weight", ".wk.weight", ".wv.weight", ".wo.weight", "w1.weight", "w2.weight", "w3.weight")
+        )
+        assert tensor.dtype == (torch.float32 if latent else torch.bfloat16), name
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())["figures"]
+    assert figures["val/loss"] < 5.2
+    assert load_checkpoint(tmp_path / "run")[0](torch.zeros(1, 3, dtype=torch.int64)).isfinite().all()

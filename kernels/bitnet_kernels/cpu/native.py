@@ -120,7 +120,7 @@ def gate(gate_up: Tensor, kind: str, lanes: int) -> Tensor:
     """Float32 (M, 2 F), two halves -> activation(first) * second, (M, F); ``lanes`` as ``exp_lanes_of_torch``."""
     lib = library()
     assert lib is not None
-    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=torch.float32)
     lib.bitnet_activate(gate_up.data_ptr(), *out.shape, kind == "silu", lanes, out.data_ptr(), best_isa())
     return out
 
@@ -207,7 +207,7 @@ def norm_quantize(
     assert lib is not None
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.int8)
-    inv_scale = torch.empty(m, 1)
+    inv_scale = torch.empty(m, 1, dtype=torch.float32)
     row_sum = torch.empty(m, dtype=torch.int32)
     failed = lib.bitnet_norm_quantize(
         x.data_ptr(), x.stride(0), m, k, _pointer(weight), _pointer(mean_square), eps, lanes_of_torch() or 0,
@@ -225,7 +225,7 @@ def wide_matmul(x: Tensor, w: Tensor, scale: Tensor | None, isa: Isa | None = No
     if lib is None:
         return None
     m, n = x.shape[0], w.shape[0]
-    out = torch.empty(m, n)
+    out = torch.empty(m, n, dtype=torch.float32)
     missing = lib.bitnet_wide_matmul(
         x.data_ptr(), m, x.shape[1], w.data_ptr(), n, w.dtype == torch.int8, _pointer(scale), out.data_ptr(),
         torch.get_num_threads(), best_isa() if isa is None else isa,
@@ -251,7 +251,7 @@ def affine_matmul(
     x_inv_scale = None if x_inv_scale is None else x_inv_scale.contiguous()
     table = None if table is None else table.contiguous()
     (m, k), n = x.shape, packed.shape[0]
-    out = torch.empty(m, n)
+    out = torch.empty(m, n, dtype=torch.float32)
     failed = lib.bitnet_affine_matmul(
         x.data_ptr(), x.dtype == torch.float32, x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, bits,
         scale.data_ptr(), zero_point.data_ptr(), _pointer(table), -(-k // scale.shape[1]), _pointer(x_inv_scale),
@@ -271,7 +271,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None)
     assert lib is not None
     B, H, _, K = q.shape
     q = q.reshape(B, H * K)
-    out = torch.empty(B, H, 1, K)
+    out = torch.empty(B, H, 1, K, dtype=torch.float32)
     failed = lib.bitnet_attend(
         q.data_ptr(), q.stride(0), B, H, keys.shape[1], K, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3],
         _pointer(first), keys.shape[2], out.data_ptr(), torch.get_num_threads(), best_isa(),
