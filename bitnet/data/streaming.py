@@ -152,7 +152,7 @@ class StreamLoader:
                 parts.append(rows[self._rows_done : self._rows_done + missing])
                 missing -= len(parts[-1])
                 self._rows_done += len(parts[-1])
-                if self._rows_done == len(rows):
+                if self._rows_done >= len(rows):
                     self._place, self._rows_done, rows = after, 0, None
             mine = np.concatenate(parts)[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
             yield make_batch(torch.from_numpy(mine.astype(np.int64)))

@@ -95,6 +95,20 @@ def test_a_gradient_that_is_not_finite_ends_the_run(stories, tmp_path, monkeypat
     assert torch.tensor(read_incident(run / "incidents" / "step_4.pt")["loss"]).isfinite()
 
 
+def test_the_random_state_is_that_of_the_step_also_right_after_a_resume(stories, tmp_path, monkeypatch, capsys) -> None:
+    """With a Watch of the config's own, which Lightning calls before our callbacks."""
+    own = (
+        '--trainer.callbacks=[{"class_path":"bitnet.training.watch.Watch"},'
+        '{"class_path":"bitnet.training.callbacks.LastCheckpoint","init_args":{"every_n_train_steps":1}}]'
+    )
+    disturb(monkeypatch, {7: float("nan")})
+    states = []
+    for resume in ([], ["--ckpt_path=last"]):
+        assert fit([*tiny_options(stories, tmp_path / "run"), own, *resume]) == 2
+        states.append(read_incident(tmp_path / "run" / "incidents" / "step_7.pt")["random_states"][0])
+    assert torch.equal(states[0]["torch"], states[1]["torch"]) and states[0]["python"] == states[1]["python"]
+
+
 def test_without_a_checkpoint_the_line_says_so(stories, tmp_path, monkeypatch, capsys) -> None:
     disturb(monkeypatch, {2: float("nan")})
     assert fit([*tiny_options(stories, tmp_path / "run"), ONE_SAVE % 5]) == 2
@@ -137,7 +151,7 @@ def test_spikes_are_kept_counted_and_survived(stories, tmp_path, monkeypatch, ca
         "--trainer.val_check_interval=1000",
         '--trainer.callbacks=[{"class_path":"bitnet.training.watch.Watch","init_args":{"keep":2,"window":40}}]',
     ]
-    disturb(monkeypatch, {30: 5.0, 55: 5.0, 60: 4.0, 66: 6.0})
+    disturb(monkeypatch, {45: 5.0, 55: 5.0, 60: 4.0, 66: 6.0})
     assert fit(options) == 0
     assert spikes_of(tmp_path / "run") == {55: 1.0, 60: 2.0, 66: 3.0}
     assert sorted(f.name for f in (tmp_path / "run" / "incidents").iterdir()) == ["step_60.pt", "step_66.pt"]
