@@ -256,7 +256,7 @@ def _draw(runs: dict[str, list[dict[str, Any]]], label: str, file: str, what: st
         bars = axes.bar(places, [step["ms"] for step in steps], label=name, width=0.9)
         axes.bar_label(bars, [f"{step['ratio']:.2f}" for step in steps])
     middles = [group * (len(names) + 1) + (len(names) - 1) / 2 for group in range(len(runs))]
-    axes.set_xticks(middles, [f"{count} {what}" for count in runs])
+    axes.set_xticks(middles, [f"{count} {what}".replace("1 threads", "1 thread") for count in runs])
     axes.set(ylabel="ms per training step", title=f"{label}: time relative to {names[0]} above each bar")
     axes.legend()
     figure.savefig(file)

@@ -6,8 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
+from bitnet.model import RMSNorm
 from bitnet.quantizers import WEIGHT_QUANTIZERS, WeightScale, exact_sums
-from bitnet_kernels import FORMATS
+from bitnet_kernels import FORMATS, rms_norm
 from bitnet_kernels.cpu import native, weights
 from bitnet_kernels.gradients import (
     LEVELS,
@@ -144,3 +145,48 @@ def test_int8_products_are_exact_and_too_long_ones_refused() -> None:
     assert torch.equal(int8_product(a, a.t()).long(), torch.full((3, 3), 4096 * 128 * 128))
     with pytest.raises(ValueError, match=str(MAX_INT8_K)):
         int8_product(torch.zeros(1, MAX_INT8_K + 1, dtype=torch.int8), torch.zeros(MAX_INT8_K + 1, 1, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("isa", [native.Isa.PORTABLE, native.Isa.AVX2, native.Isa.AVX512])
+def test_every_instruction_set_has_the_same_bits(monkeypatch, isa) -> None:
+    """What training runs in C, at each instruction set against torch: sums, levels, codes, digits, norms."""
+    if isa > native.best_isa():
+        pytest.skip(f"this machine has no {isa.name}")
+    monkeypatch.setattr(native, "best_isa", lambda: isa)
+    w, x, g = matrix(33, 1000), matrix(21, 300, seed=5, std=1.0), matrix(21, 300, seed=6, std=1e-3)
+    for kind, quantizer in WEIGHT_QUANTIZERS.items():
+        sums = weights.weight_sums(w, True)
+        assert total(sums[:2]) == total(exact_sums(w.abs())) and total(sums[2:]) == total(exact_sums(w))
+        scale = quantizer.scale(sums, w.numel())
+        q = weights.weight_levels(w, *scale, kind == "binary")
+        assert torch.equal(q, quantizer.levels(w, scale).char())
+        format, planes = ("ternary2", 4) if kind == "ternary" else ("binary1", 8)
+        assert torch.equal(FORMATS[format].unpack(weights.pack_levels(q, planes), 33, 1000), q)
+    for per_column in (False, True):
+        high, low, _ = gradient_digits(g, 2, None, per_column)
+        expected = _gradient_digits(g, 2, None, per_column)
+        assert int(((256 * high.int() + low.int()) - (256 * expected[0].int() + expected[1].int())).abs().max()) <= 1
+    norm, grad = RMSNorm(300, 1e-5), torch.randn(21, 300)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(300) + 0.5)
+    x.requires_grad_()
+    norm(x).backward(grad)
+    exact_x, exact_w = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    y = exact_x * (exact_x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * exact_w
+    y.backward(grad.double())
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(norm.weight.grad.double(), exact_w.grad, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 1, 4099), (5, 96), (3, 2, 30)])
+def test_norm_while_training_has_the_bits_of_torch(monkeypatch, shape) -> None:
+    norm, x = RMSNorm(shape[-1], 1e-5), torch.randn(shape)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(shape[-1]) + 0.5)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        ours = norm(x)
+        monkeypatch.setattr(rms_norm, "takes", lambda *_: False)
+        assert torch.equal(ours, norm(x))
+        monkeypatch.undo()
+    torch.set_num_threads(1)

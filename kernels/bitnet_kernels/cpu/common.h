@@ -24,6 +24,14 @@
 // In ascending order: each includes those before it on its own architecture. ../cpu/native.py names them too.
 enum isa { PORTABLE = 0, NEON = 1, AVX2 = 2, AVX512 = 3, AMX = 4 };
 
+// The version of a function that was compiled for `isa`: NAME_avx512, NAME_avx2 or NAME_portable.
+#if defined(__x86_64__)
+#define CALL_FOR_ISA(NAME, ...)                                                                                        \
+    (isa >= AVX512 ? NAME##_avx512(__VA_ARGS__) : isa >= AVX2 ? NAME##_avx2(__VA_ARGS__) : NAME##_portable(__VA_ARGS__))
+#else
+#define CALL_FOR_ISA(NAME, ...) NAME##_portable(__VA_ARGS__)
+#endif
+
 // Rows of weights handled together, and tokens of one tile.
 enum { STRIP = 32, TILE = 16 };
 

@@ -83,10 +83,6 @@ FOR_ISA(portable, )
 #if defined(__x86_64__)
 FOR_ISA(avx2, TARGET_AVX2)
 FOR_ISA(avx512, TARGET_AVX512)
-#define CALL(KIND, ...)                                                                                                \
-    (isa >= AVX512 ? KIND##_avx512(__VA_ARGS__) : isa >= AVX2 ? KIND##_avx2(__VA_ARGS__) : KIND##_portable(__VA_ARGS__))
-#else
-#define CALL(KIND, ...) KIND##_portable(__VA_ARGS__)
 #endif
 
 // g (m, n), each row divided by row_inv (m) if given. A scale for each row, or for each column: inv_scale (m) or (n).
@@ -99,12 +95,12 @@ int bitnet_gradient_digits(
     if (per_column && !largest) return 1;
     if (!per_column) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-        for (int part = 0; part < threads; part++) CALL(rows, &a, m * part / threads, m * (part + 1) / threads);
+        for (int part = 0; part < threads; part++) CALL_FOR_ISA(rows, &a, m * part / threads, m * (part + 1) / threads);
         return 0;
     }
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; part++)
-        CALL(columns, &a, m * part / threads, m * (part + 1) / threads, largest + part * n);
+        CALL_FOR_ISA(columns, &a, m * part / threads, m * (part + 1) / threads, largest + part * n);
     for (int64_t j = 0; j < n; j++) {
         for (int part = 1; part < threads; part++)
             largest[j] = largest[part * n + j] > largest[j] ? largest[part * n + j] : largest[j];
@@ -112,7 +108,7 @@ int bitnet_gradient_digits(
     }
     free(largest);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int part = 0; part < threads; part++) CALL(digits, &a, m * part / threads, m * (part + 1) / threads);
+    for (int part = 0; part < threads; part++) CALL_FOR_ISA(digits, &a, m * part / threads, m * (part + 1) / threads);
     return 0;
 }
 

@@ -99,20 +99,17 @@ FOR_ISA(portable, )
 #if defined(__x86_64__)
 FOR_ISA(avx2, TARGET_AVX2)
 FOR_ISA(avx512, TARGET_AVX512)
-#define CALL(KIND, ...)                                                                                                \
-    (isa >= AVX512 ? KIND##_avx512(__VA_ARGS__) : isa >= AVX2 ? KIND##_avx2(__VA_ARGS__) : KIND##_portable(__VA_ARGS__))
-#else
-#define CALL(KIND, ...) KIND##_portable(__VA_ARGS__)
 #endif
 
 // out (4): counts of 2^-14 and 2^-40 for sum |w|, then for sum w. Returns 1 where a weight is too large or no number.
 int bitnet_weight_sums(const float *w, int64_t count, int with_sign, double *out, int threads, int isa) {
     int64_t total[4] = {0};
     int wrong = 0;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(+ : total) reduction(| : wrong)
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(+ : total)                \
+    reduction(| : wrong)
     for (int part = 0; part < threads; part++) {
         sums s = {{0}, {0}, 0};
-        CALL(sums, w, count * part / threads, count * (part + 1) / threads, with_sign, &s);
+        CALL_FOR_ISA(sums, w, count * part / threads, count * (part + 1) / threads, with_sign, &s);
         total[0] += s.high[0], total[1] += s.low[0], total[2] += s.high[1], total[3] += s.low[1];
         wrong |= s.wrong;
     }
@@ -125,13 +122,14 @@ void bitnet_weight_levels(
     const float *w, int64_t count, float inv_scale, float mean, int binary, int8_t *q, int threads, int isa) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; part++)
-        CALL(levels, w, count * part / threads, count * (part + 1) / threads, inv_scale, mean, binary, q);
+        CALL_FOR_ISA(levels, w, count * part / threads, count * (part + 1) / threads, inv_scale, mean, binary, q);
     (void)isa;
 }
 
 // Levels (n, k) -> packed (n, whole blocks).
 void bitnet_pack_levels(const int8_t *q, int64_t n, int64_t k, int planes, uint8_t *out, int threads, int isa) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int part = 0; part < threads; part++) CALL(pack, q, k, planes, n * part / threads, n * (part + 1) / threads, out);
+    for (int part = 0; part < threads; part++)
+        CALL_FOR_ISA(pack, q, k, planes, n * part / threads, n * (part + 1) / threads, out);
     (void)isa;
 }
