@@ -102,10 +102,44 @@ def decode_whole_model(out: Path, dry: bool) -> dict[str, Any]:
     return figures
 
 
+SHAPES = {
+    "125m": {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "rows": 8},
+    "350m": {"dim": 1024, "n_layers": 24, "n_heads": 16, "ffn_dim": 2816, "rows": 4},
+}
+
+
+def train_steps(out: Path, dry: bool) -> dict[str, Any]:
+    """Step time and memory at 2,048 tokens a row, bf16: the float twin, ours with and without int8 units, peers."""
+    import dataclasses
+    from importlib.util import find_spec
+
+    from bitnet.config import ModelConfig, OptimConfig
+    from bitnet.training.bench import PEERS, measure
+
+    names = ["float", "ternary", "ternary_int8", *(name for name in PEERS if find_spec(name))]
+    figures: dict[str, Any] = {}
+    for shape, sizes in SHAPES.items():
+        rows, tokens = sizes["rows"], 64 if dry else 2048
+        given = {key: value for key, value in sizes.items() if key != "rows"}
+        if dry:
+            given, rows = {"dim": 64, "n_layers": 1, "n_heads": 4, "ffn_dim": 128}, 1
+        config = ModelConfig(vocab_size=512 if dry else 32_000, max_seq_len=tokens, **given)
+        for compiled in (False,) if dry else (False, True):
+            # A compiled layer runs torch's operations; the int8 operators are for eager ones.
+            found = measure(
+                names if not compiled else ["float", "ternary"], config, OptimConfig(), rows=rows, seq_len=tokens,
+                steps=2 if dry else 8, device="cpu" if dry else "cuda", bf16=not dry, compiled=compiled,
+            )  # fmt: skip
+            figures[f"{shape}{'_compiled' * compiled}"] = [dataclasses.asdict(step) for step in found]
+    (out / "train.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return {key: {s["name"]: round(s["ratio"], 3) for s in steps} for key, steps in figures.items()}
+
+
 STEPS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "tests": run_tests,
     "kernels": bench_kernels,
     "decode": decode_whole_model,
+    "train": train_steps,
 }
 
 

@@ -146,10 +146,13 @@ class _Contestant:
 
     def kept_bytes(self, batch: dict[str, Tensor], bf16: bool) -> int:
         """Bytes of different storages that autograd keeps, without those of parameters."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        plain = (Tensor, nn.Parameter)  # a peer's own kinds of tensors have no storage to look at
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters() if type(p.data) in plain}
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
+            if type(tensor) not in plain:
+                return tensor
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
