@@ -96,7 +96,8 @@ def test_chunked_loss_is_nearer_to_float64_than_bf16_without_chunks() -> None:
     exact, whole, chunks = gradients("exact"), gradients("whole"), gradients("chunks")
     for truth, plain, found in zip(exact, whole, chunks, strict=True):
         error = (found - truth).norm() / truth.norm()
-        assert error < 5e-3 and error < 1.05 * (plain - truth).norm() / truth.norm()
+        assert 1e-4 < error < 5e-3  # bf16 products, not float32's
+        assert error < 1.05 * (plain - truth).norm() / truth.norm()
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 has another implementation")
