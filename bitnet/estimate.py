@@ -105,7 +105,8 @@ def _kept_per_token(config: ModelConfig, quantized: bool, compute: int) -> int:
     # The input of wq wk wv, and that of w1 w3, is kept once: as int8, or as it is.
     linear_inputs = (1 if quantized else compute) * (3 * dim + ffn)
     normed = 2 * dim + (dim + ffn if config.sub_norm else 0)
-    norms = 2 * 4 * normed  # the input and the normalised input, both float32
+    # The input, float32; where torch spells the norm out (bf16, or no compiled kernels) also the normalised input.
+    norms = (2 if compute == 2 else 1) * 4 * normed
     attention = compute * (
         dim + 2 * kv_dim + (0 if config.sub_norm else dim)
     )  # q, k, v; the output unless a norm has it

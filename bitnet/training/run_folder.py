@@ -1,5 +1,6 @@
 """Which folder a run is written to: a new one for each run, the old one for a run that goes on."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -45,18 +46,27 @@ def new_run_folder(root: Path, overwrite: bool) -> Path:
     return folder
 
 
+def put_back(file: Path) -> Path:
+    """``file``; a sharded checkpoint that was replaced when the power went gets its name back first."""
+    old = file.with_name(f"{file.name}.old")
+    if not file.exists() and is_sharded(old):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            old.rename(file)
+    return file
+
+
 def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
     """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named."""
     if ckpt_path != "last":
         file = Path(ckpt_path)
         if file.is_dir() and not is_sharded(file):
-            file = file / "checkpoints" / "last.ckpt"
+            file = put_back(file / "checkpoints" / "last.ckpt")
         if not (file.is_file() or is_sharded(file)):
             raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
         folder = file.parent.parent if file.parent.name == "checkpoints" else root
         return folder, file
     for folder in reversed(run_family(root)):
-        file = folder / "checkpoints" / "last.ckpt"
+        file = put_back(folder / "checkpoints" / "last.ckpt")
         if file.is_file() or is_sharded(file):
             return folder, file
     raise UserError(f"--ckpt_path last: no run at {root} has saved a checkpoint yet.")

@@ -184,3 +184,14 @@ def test_evaluation_covers_every_target_once(world_size) -> None:
         targets += [int(t) for b in batches for t in b["targets"].flatten() if t != IGNORE]
         assert all(b["inputs"].min() >= 0 for b in batches)
     assert sorted(targets) == list(range(2, 40))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_all_ranks_validate_equally_often_and_together_see_every_token_once(world_size) -> None:
+    """Ranks compute together (FSDP2 gathers in each forward), so one batch more on one of them would wait for ever."""
+    ids = np.arange(1000, 1211, dtype=np.uint16)
+    shares = [list(EvalLoader(ids, 10, 4, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    lengths = {len(share) for share in shares} | {len(EvalLoader(ids, 10, 4, rank=0, world_size=world_size))}
+    assert len(lengths) == 1
+    seen = torch.cat([batch["targets"].flatten() for share in shares for batch in share])
+    assert sorted(seen[seen >= 0].tolist()) == list(range(1001, 1211))

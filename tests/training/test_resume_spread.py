@@ -14,6 +14,7 @@ from bitnet import load_checkpoint
 from bitnet.__main__ import main as bitnet
 from bitnet.checkpoint import find_checkpoint, read_checkpoint
 from bitnet.errors import UserError
+from bitnet.training.run_folder import find_run
 
 from ..conftest import ROOT, tiny_options
 
@@ -74,6 +75,16 @@ def test_two_processes_go_on_as_one_and_as_four(stories, tmp_path, whole, sharde
         assert bitnet(["evaluate", str(half), "--data.path", str(stories), "--limit", "2"]) == 0
         assert "bits per byte" in capsys.readouterr().out
         refuses_an_index_that_runs_code(file)
+
+
+def test_a_folder_of_parts_whose_name_was_being_taken_is_found(tmp_path) -> None:
+    """A stop between the two renames of a save leaves only the old folder, under another name."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "last.ckpt.old").mkdir(parents=True)
+    for name in (".metadata", "meta.pt"):
+        (checkpoints / "last.ckpt.old" / name).write_bytes(b"x")
+    assert find_run(tmp_path / "run", "last") == (tmp_path / "run", checkpoints / "last.ckpt")
+    assert not (checkpoints / "last.ckpt.old").exists()
 
 
 def refuses_an_index_that_runs_code(folder: Path) -> None:
