@@ -121,6 +121,7 @@ def inspect_scaling(
     gather: str,
     gpu: str,
     utilisation: float,
+    int8: bool,
     json_file: str | None,
 ) -> None:
     """Print memory, communication and speed of training a config on several devices, on paper."""
@@ -132,7 +133,11 @@ def inspect_scaling(
     rows, seq_len = parsed.data["batch_size"], parsed.data["seq_len"]
     weight = str(getattr(parsed.recipe, "weight", "none"))
     how: Any = {"rows": rows, "seq_len": seq_len, "weight": weight, "strategy": strategy, "gpu": GPUS[gpu]}
-    how |= {"micro_batches": parsed.trainer.get("accumulate_grad_batches") or 1, "utilisation": utilisation}
+    how |= {
+        "micro_batches": parsed.trainer.get("accumulate_grad_batches") or 1,
+        "utilisation": utilisation,
+        "int8": int8,
+    }
     memory = training_memory(
         parsed.model, weight=weight, act_bits=getattr(parsed.recipe, "act_bits", "none"), rows=rows, seq_len=seq_len,
         bf16=True,
@@ -145,7 +150,7 @@ def inspect_scaling(
     ]
     title = (
         f"{name}, {strategy}, {GPUS[gpu].name} at {utilisation:.0%} of its peak, {how['micro_batches']} x {rows} x "
-        f"{seq_len} tokens a device and step, bf16"
+        f"{seq_len} tokens a device and step, {'int8 and bf16' if int8 else 'bf16'}"
     )
     Console(highlight=False, width=120).print(_scaling_table(title, found))
     if json_file:
@@ -164,7 +169,7 @@ def _scaling_table(title: str, found: list[tuple[str, Estimate]]) -> Table:
     for way, e in found:
         table.add_row(
             f"{e.devices}", way, _size(e.memory), _size(e.gathered), _size(e.reduced), _size(e.activations_sent),
-            f"{e.compute_s:.2f} s", f"{e.communication_s:.2f} s", f"{e.tokens_per_s:,.0f}",
+            f"{1e3 * e.compute_s:,.0f} ms", f"{1e3 * e.communication_s:,.0f} ms", f"{e.tokens_per_s:,.0f}",
         )  # fmt: skip
     return table
 

@@ -59,5 +59,7 @@ def test_command(tmp_path, capsys) -> None:
     ]
     assert found[1]["gathered"] < found[0]["gathered"] / 7
     assert "tokens/s" in capsys.readouterr().out
+    assert main(["inspect", "ternary_1b", "--devices", "8", "--gather", "levels", "--int8", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["estimates"][0]["compute_s"] < 0.6 * found[1]["compute_s"]
     assert main(["inspect", "ternary_1b", "--devices", "8", "--utilisation", "0"]) == 2
     assert main(["inspect", "ternary_1b", "--devices", "0"]) == 2

@@ -23,7 +23,7 @@ def inspect(args: argparse.Namespace) -> None:
             check_folder("--json", args.json)
             from bitnet.inspection import inspect_scaling
 
-            options = (args.devices, args.strategy, args.gather, args.gpu, args.utilisation)
+            options = (args.devices, args.strategy, args.gather, args.gpu, args.utilisation, args.int8)
             inspect_scaling(args.target, args.overrides, *options, args.json)
             return
         inspect_config(args.target, args.overrides)
@@ -84,6 +84,7 @@ def add(command: AddCommand) -> None:
     p.add_argument("--gather", choices=("levels", "latent", "both"), default="both", help="fsdp: what is gathered")
     p.add_argument("--gpu", choices=("h100", "a100", "rtx4090"), default="h100", help="whose data sheet to use")
     p.add_argument("--utilisation", type=float, default=0.45, help="share of the matrix units' peak, with --devices")
+    p.add_argument("--int8", action="store_true", help="with --devices: all products of low-bit layers on int8 units")
     p.add_argument("--json", metavar="FILE", help="write the figures of --devices")
     p.set_defaults(overrides=[])
 
