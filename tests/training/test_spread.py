@@ -39,10 +39,14 @@ FOUR = (
 CASES = [*((2, mode) for mode in TWO), *((4, mode) for mode in FOUR)]
 
 
-def launch(processes: int, file: Path, modes: tuple[str, ...]) -> dict[str, Any]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def launch(processes: int, file: Path, modes: tuple[str, ...]) -> dict[str, Any]:
+    port = free_port()
     shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "tests.training.spread_worker", str(file), *modes]
