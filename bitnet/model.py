@@ -55,6 +55,9 @@ class RMSNorm(nn.Module):
     On a GPU without gradients a kernel computes it that also serves the packed model: both add in the same order.
     """
 
+    training_kernel: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    """What computes this norm where it trains on a GPU, if something is to be done with the result at once."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -65,6 +68,8 @@ class RMSNorm(nn.Module):
             from bitnet_kernels.triton_norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
+        if x.is_cuda and self.training_kernel is not None and not torch.compiler.is_compiling():
+            return self.training_kernel(x, self.weight, self.eps)
         if torch.is_grad_enabled() and cpu_norm.takes(x, self.weight):
             return cpu_norm.rms_norm(x, self.weight, self.eps)
         y = x.float()

@@ -105,8 +105,13 @@ def quantize_rows(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] | No
         q, inv_scale = ACTIVATION_QUANTIZERS[bits](x) if largest is None else quantize_int8_absmax(x, largest)
         rows = Rows(q.reshape(-1, x.shape[-1]).to(torch.int8), inv_scale.reshape(-1, 1), None)
     if keep:
-        x._bitnet_rows = (key, rows)  # type: ignore[attr-defined]
+        keep_rows(x, bits, rows)
     return rows
+
+
+def keep_rows(x: Tensor, bits: int, rows: Rows) -> None:
+    """Leave the quantized form of ``x`` on it, for the next layer that reads it."""
+    x._bitnet_rows = ((bits, x._version), rows)  # type: ignore[attr-defined]
 
 
 def _forward(rows: Rows, levels: Levels, on_int8_units: bool, reduce: Callable[[Tensor], None] | None) -> Tensor:

@@ -28,6 +28,7 @@ from bitnet.config import ModelConfig, OptimConfig
 from bitnet.errors import UserError
 from bitnet.estimate import flops_per_token
 from bitnet.layers import Arithmetic, BitLinear, integer_products, low_bit_layers, swap_linears
+from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import next_token_loss
 from bitnet.model import Transformer
 from bitnet.recipes import BitNet
@@ -64,6 +65,8 @@ def _low_bit(name: str, model: Transformer) -> None:
     forward: Any = "int8" if gradient else "auto"
     for layer in low_bit_layers(model).values():
         layer.arithmetic = Arithmetic(forward=forward, input_gradient=how, weight_gradient=how)
+    if gradient:
+        fuse_norms(model.layers)
 
 
 def _torchao(model: Transformer) -> None:

@@ -15,6 +15,7 @@ from bitnet.data.calibration import spaced_batches
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError
 from bitnet.layers import Arithmetic, low_bit_layers
+from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
 from bitnet.recipes import Progress, Recipe, no_progress
@@ -125,6 +126,8 @@ class LitBitNet(L.LightningModule):
         model.loss_chunk, model.recomputes_blocks = self.loss_chunk, self.activation_checkpointing
         for layer in low_bit_layers(model).values():
             layer.arithmetic = self.arithmetic
+        if self.arithmetic.forward == "int8":
+            fuse_norms(model.layers)
         if self.is_spread:
             from bitnet.training.parallel import shard_model  # slow to import, and seldom needed
 

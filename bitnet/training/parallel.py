@@ -47,7 +47,7 @@ def _cut(layer: BitLinear, mesh: DeviceMesh, dim: Any) -> None:
     layer.split = Split(dim, mesh.get_group())
 
 
-def _norm(norm: nn.Module, mesh: DeviceMesh, sees: Placement, gradient: Placement) -> None:
+def _norm(norm: RMSNorm, mesh: DeviceMesh, sees: Placement, gradient: Placement) -> None:
     """A norm whose local input is ``sees`` of the whole, and whose output's gradient arrives as ``gradient``."""
 
     def partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -61,6 +61,7 @@ def _norm(norm: nn.Module, mesh: DeviceMesh, sees: Placement, gradient: Placemen
     def outputs(module: nn.Module, out: Any, mesh: DeviceMesh) -> Any:
         return out.redistribute(placements=[sees]).to_local(grad_placements=[gradient])
 
+    norm.training_kernel = None  # it knows nothing of slices
     distribute_module(norm, mesh, partition, inputs, outputs)
 
 

@@ -1,0 +1,54 @@
+"""RMSNorm, absmax and int8 rounding in one kernel while training on a GPU.
+
+A norm of a block is read by low-bit layers only, which quantize what they read. The kernel that normalizes a row has it
+in registers, so it finds the row's scale and writes its int8 form too; the layers then find that on the tensor (see
+``quantize_rows``) and read the norm's output no more. Kept for backward are the norm's input and one number per row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.layers.bit_linear import BitLinear
+from bitnet.layers.integer_products import Rows, keep_rows
+from bitnet_kernels.training_ops import norm_quantize, rms_norm_backward
+
+
+class _NormedRows(torch.autograd.Function):
+    """x (..., K), weight (K,) -> y (..., K), its int8 rows (M, K) and their scales (M,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        y, q, inv_scale, rstd, _ = norm_quantize(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, rstd)
+        ctx.mark_non_differentiable(q, inv_scale)
+        return y.view(x.shape), q, inv_scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
+        rows, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = rms_norm_backward(grad.reshape(rows.shape), rows, weight, rstd)
+        return grad_x.view(grad.shape), grad_weight, None
+
+
+def norm_with_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x (..., K), differentiable; on the result lies what ``quantize_rows`` would make of it at 8 bits."""
+    y, q, inv_scale = _NormedRows.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    keep_rows(y, 8, Rows(q, inv_scale.view(-1, 1), None))
+    return y  # type: ignore[no-any-return]
+
+
+def fuse_norms(blocks: Any) -> int:
+    """Let norms that only 8-bit low-bit layers read use ``norm_with_rows`` on a GPU; return how many those are.
+
+    A block says by ``norm_groups()`` which layers read which of its norms.
+    """
+    fused = 0
+    for block in blocks:
+        for norm, readers in block.norm_groups():
+            if all(isinstance(r, BitLinear) and r.weight_kind != "none" and r.act_bits == 8 for r in readers):
+                norm.training_kernel = norm_with_rows
+                fused += 1
+    return fused
