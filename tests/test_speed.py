@@ -51,7 +51,8 @@ def test_waiting_is_counted_once(monkeypatch) -> None:
     feed = SimpleNamespace(waited=0.0)
     config = ModelConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, ffn_dim=48, max_seq_len=16)
     strategy = SingleDeviceStrategy()
-    trainer = SimpleNamespace(train_dataloader=SimpleNamespace(feed=feed), strategy=strategy, world_size=1)
+    loader = SimpleNamespace(feed=feed)
+    trainer = SimpleNamespace(train_dataloader=loader, strategy=strategy, world_size=1, distributed_sampler_kwargs=None)
     module = SimpleNamespace(config=config, data=SimpleNamespace(seq_len=16), device=torch.device("cpu"))
     clock = Speed()
     for steps, waited, tokens, speed_expected in ((10, 3.0, 169, 130.0), (5, 5.0, 200, 100.0)):
@@ -70,7 +71,8 @@ def test_waiting_is_counted_once(monkeypatch) -> None:
 
 def test_processes_that_share_a_row_count_it_once() -> None:
     """Eight processes, four of which share each row."""
+    mesh = {"data_parallel": SimpleNamespace(size=lambda: 2, get_local_rank=lambda: 1)}
     sharing = ModelParallelStrategy.__new__(ModelParallelStrategy)
-    sharing._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: 2)}
-    assert data_parallel_size(SimpleNamespace(strategy=sharing, world_size=8)) == 2
-    assert data_parallel_size(SimpleNamespace(strategy=SingleDeviceStrategy(), world_size=8)) == 8
+    sharing._device_mesh = mesh
+    assert data_parallel_size(SimpleNamespace(distributed_sampler_kwargs=sharing.distributed_sampler_kwargs)) == 2
+    assert data_parallel_size(SimpleNamespace(distributed_sampler_kwargs=None)) == 1
