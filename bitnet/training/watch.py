@@ -106,9 +106,9 @@ class Watch(Callback):
             return
         figures = torch.stack([torch.stack(self._micro_losses).mean().float(), pl_module.grad_norm.float()])
         if trainer.world_size > 1:
-            everyone = figures.new_empty(2 * trainer.world_size)  # flat, which every backend takes
-            torch.distributed.all_gather_into_tensor(everyone, figures)
-            figures = everyone
+            everyone = [torch.empty_like(figures) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(everyone, figures)
+            figures = torch.cat(everyone)
         arrived = None
         if figures.is_cuda:
             host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
