@@ -160,7 +160,6 @@ class LitBitNet(L.LightningModule):
         name = type(self.recipe).__name__
         if not self.recipe.trains:
             raise UserError(f"model.recipe = {name}: there is nothing to train; use 'bitnet quantize'.")
-        """Refuse a low-bit parent where the recipe needs a float one; ``path`` is for the message."""
         if self.recipe.needs_parent and not self.init_from:
             raise UserError(f"model.recipe = {name} starts from a trained float model: set model.init_from to its run.")
 
