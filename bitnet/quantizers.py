@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels.cpu import weights as native_weights
+from bitnet_kernels.training_ops import binary_weight, ternary_weight
 
 EPS = 1e-5
 
@@ -52,11 +53,6 @@ def mean_of(sums: Tensor, count: int) -> Tensor:
     return ((sums[0] * 2.0**26 + sums[1]) / (GRID * count)).to(torch.float32)
 
 
-def absmean(w: Tensor) -> Tensor:
-    """Mean magnitude of all elements, float32, shape (): the same bits however the sum is split."""
-    return mean_of(exact_sums(w.detach().abs()), w.numel())
-
-
 class WeightScale(NamedTuple):
     """What a whole matrix says about itself, before a weight is rounded: both float32, shape ()."""
 
@@ -70,6 +66,8 @@ class WeightQuantizer:
     """A weight quantizer in two halves: what must be known of the whole matrix, and what is done to each weight."""
 
     binary: bool
+    format: str
+    """The packed form of its levels that the kernels read: a key of ``bitnet_kernels.FORMATS``."""
 
     def statistics(self, w: Tensor) -> Tensor:
         """Float64 (4,): ``exact_sums`` of magnitudes and, for binary, of weights. Those of pieces can be added."""
@@ -98,24 +96,22 @@ class WeightQuantizer:
         q = native_weights.weight_levels(w.detach(), *scale, self.binary)
         return self.levels(w, scale).to(torch.int8) if q is None else q
 
+    def int8_levels_both_ways(self, w: Tensor, scale: WeightScale) -> tuple[Tensor, Tensor]:
+        """``int8_levels`` (N, K), and transposed (K, N): in one kernel on a GPU."""
+        w = w.detach()
+        return binary_weight(w, scale.mean) if self.binary else ternary_weight(w, scale.inv_scale)
+
     def __call__(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """``(q, inv_scale)`` of a matrix that is here as a whole."""
         scale = self.scale(self.statistics(w), w.numel())
         return self.levels(w, scale), scale.inv_scale
 
 
-TERNARY_ABSMEAN = WeightQuantizer(binary=False)
-BINARY_SIGN = WeightQuantizer(binary=True)
+quantize_ternary_absmean = WeightQuantizer(binary=False, format="ternary2")
+"""(N, K) weights -> float32 ``q`` (N, K) in {-1, 0, 1} and ``inv_scale`` () (arXiv 2402.17764, section 2)."""
 
-
-def quantize_ternary_absmean(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) weights -> float32 ``q`` (N, K) in {-1, 0, 1} and ``inv_scale`` () (arXiv 2402.17764, section 2)."""
-    return TERNARY_ABSMEAN(w)
-
-
-def quantize_binary_sign(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) weights -> float32 ``q`` (N, K) in {-1, 1} and ``inv_scale`` () (arXiv 2310.11453, eq 1-3)."""
-    return BINARY_SIGN(w)
+quantize_binary_sign = WeightQuantizer(binary=True, format="binary1")
+"""(N, K) weights -> float32 ``q`` (N, K) in {-1, 1} and ``inv_scale`` () (arXiv 2310.11453, eq 1-3)."""
 
 
 def quantize_int8_absmax(x: Tensor, largest: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -137,7 +133,7 @@ def quantize_int4_absmean(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * inv_scale).round_().clamp_(-8, 7), inv_scale
 
 
-WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {"ternary": TERNARY_ABSMEAN, "binary": BINARY_SIGN}
+WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {"ternary": quantize_ternary_absmean, "binary": quantize_binary_sign}
 ACTIVATION_QUANTIZERS: dict[int, Quantizer] = {
     8: quantize_int8_absmax,
     4: quantize_int4_absmean,

@@ -5,9 +5,10 @@ import torch
 
 from bitnet import BitNet, Transformer
 from bitnet.layers import BitLinear, integer_products
-from bitnet.layers.integer_products import quantize_rows
+from bitnet.layers.integer_products import Arithmetic, LowBitProduct, activation_rows
 from bitnet.layers.normed_rows import fuse_norms, norm_with_rows
 from bitnet.model import RMSNorm
+from bitnet.quantizers import WEIGHT_QUANTIZERS
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 96), (1, 1, 64), (3, 257)])
@@ -19,8 +20,8 @@ def test_result_rows_and_gradients(shape) -> None:
     norm.weight = torch.nn.Parameter(weight.detach())
     expected = norm(x.detach().requires_grad_())
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
-    rows = quantize_rows(y, 8)
-    again = quantize_rows(y.detach(), 8)
+    rows = activation_rows(y, 8)
+    again = activation_rows(y.detach(), 8)
     assert torch.equal(rows.q, again.q) and torch.equal(rows.inv_scale, again.inv_scale)
     grad = torch.randn(shape)
     y.backward(grad)
@@ -38,6 +39,27 @@ def test_layers_take_the_rows_that_lie_there(monkeypatch) -> None:
     assert torch.equal(layer(y), expected)
     with pytest.raises(TypeError):
         layer(y * 2.0)  # another tensor has no rows
+
+
+def test_transposed_copies_give_the_same_gradients() -> None:
+    """What a GPU keeps for int8 gradients: rows and levels a second time, as those products read them."""
+    torch.manual_seed(0)
+    layer, x = BitLinear(96, 48, bias=False), torch.randn(6, 96)
+    layer.arithmetic = Arithmetic(forward="float", input_gradient="int8", weight_gradient="int16")
+    y = norm_with_rows(x.requires_grad_() * 1.0, torch.ones(96), 1e-5, transposed=True)
+    rows, levels = activation_rows(y, 8), layer.levels()
+    assert rows.q_t is not None and rows.q_t.is_contiguous() and torch.equal(rows.q_t, rows.q.t())
+    quantizer = WEIGHT_QUANTIZERS["ternary"]
+    scale = quantizer.scale(quantizer.statistics(layer.weight), layer.weight.numel())
+    q, q_t = quantizer.int8_levels_both_ways(layer.weight, scale)
+    assert torch.equal(q, levels.q) and q_t.is_contiguous() and torch.equal(q_t, q.t())
+    found = []
+    for form in ((rows, levels._replace(q_t=q_t)), (rows._replace(q_t=None), levels)):
+        inputs = y.detach().requires_grad_(), layer.weight
+        out = LowBitProduct.apply(*inputs, *form, torch.float32, layer.arithmetic, None, None)
+        found.append((out, *torch.autograd.grad(out.pow(2).sum(), inputs)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_norms_that_only_8_bit_layers_read(tiny_config) -> None:

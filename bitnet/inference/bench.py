@@ -28,6 +28,7 @@ from bitnet.inference.packed_linear import HeadDtype, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import packed_skeleton
 from bitnet.model import Transformer, without_memory
+from bitnet.quantizers import WEIGHT_QUANTIZERS
 from bitnet_kernels.bench import describe_device
 
 REPEATS = 3
@@ -35,7 +36,7 @@ REPEATS = 3
 
 def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTransformer:
     """A packed model of the shape of ``config`` with random weights, made without ever holding float ones."""
-    format = {"ternary": "ternary2", "binary": "binary1"}[weight]
+    format = WEIGHT_QUANTIZERS[weight].format
     with without_memory():
         names = [n for n, m in Transformer(config).layers.named_modules() if isinstance(m, torch.nn.Linear)]
     model = packed_skeleton(config, {f"layers.{name}": (format, 8) for name in names}, head)

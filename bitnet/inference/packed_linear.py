@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.layers.bit_linear import ActBits, BitLinear
-from bitnet.quantizers import ACTIVATION_QUANTIZERS
+from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 from bitnet_kernels import FORMATS, packed_matmul, rms_norm_quantize, wide_matmul
 
 HeadDtype = Literal["float32", "float16", "bfloat16", "int8"]
@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def from_bit_linear(cls, layer: BitLinear) -> "PackedLinear":
         """The served form of a trained layer, with the weights that it has now."""
-        format = {"ternary": "ternary2", "binary": "binary1"}[layer.weight_kind]
+        format = WEIGHT_QUANTIZERS[layer.weight_kind].format
         with torch.device("meta"):
             new = cls(layer.in_features, layer.out_features, format=format, act_bits=layer.act_bits)
         q, inv_scale = layer.quantized_weight()

@@ -16,7 +16,7 @@ from bitnet.layers.integer_products import (
     Arithmetic,
     Levels,
     LowBitProduct,
-    quantize_rows,
+    activation_rows,
 )
 from bitnet.layers.sharding import AddUp, Split, local_part
 from bitnet.quantizers import (
@@ -26,13 +26,11 @@ from bitnet.quantizers import (
     fake_quantize,
     straight_through,
 )
+from bitnet_kernels import FORMATS
 from bitnet_kernels.cpu.weights import pack_levels
 
 WeightKind = Literal["ternary", "binary", "none"]
 ActBits = Literal[8, 4, "none"]
-
-PACKED = {"ternary": ("ternary2", 4), "binary": ("binary1", 8)}
-"""Format and planes that the forward reads on a CPU: those of a served model."""
 
 
 class BitLinear(nn.Linear):
@@ -111,15 +109,17 @@ class BitLinear(nn.Linear):
         return self._levels[1]
 
     def _quantize(self) -> Levels:
-        weight = local_part(self.weight.detach())
+        weight, quantizer = local_part(self.weight.detach()), WEIGHT_QUANTIZERS[self.weight_kind]
         scale = self.shared_scale
         if scale is None:
-            quantizer = WEIGHT_QUANTIZERS[self.weight_kind]
             scale = quantizer.scale(quantizer.statistics(weight), weight.numel())
+        if weight.is_cuda and self.arithmetic.input_gradient != "float" and not self.weight_holds_levels:
+            q, q_t = quantizer.int8_levels_both_ways(weight, scale)
+            return Levels(q, scale.inv_scale, q_t=q_t)
         q = self._int8(weight, scale)
-        format, planes = PACKED[self.weight_kind]
-        packed = None if self.arithmetic.forward == "float" else pack_levels(q, planes)
-        return Levels(q, scale.inv_scale, packed, format)
+        format = FORMATS[quantizer.format]
+        packed = None if self.arithmetic.forward == "float" else pack_levels(q, format.planes)
+        return Levels(q, scale.inv_scale, packed, format.name)
 
     def local_levels(self) -> Tensor:
         """int8 levels of the piece of a spread weight that this process keeps; needs ``share_scales``."""
@@ -148,7 +148,7 @@ class BitLinear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         cut = self.split if self.split is not None and self.split.dim == "inputs" else None
-        rows = quantize_rows(x, self.act_bits, cut.largest if cut else None)
+        rows = activation_rows(x, self.act_bits, cut.largest if cut else None)
         scale = self.shared_scale
         again = functools.partial(self._int8, scale=scale) if self.passes_by and scale is not None else None
         y: Tensor = LowBitProduct.apply(  # type: ignore[no-untyped-call]

@@ -49,6 +49,8 @@ class Rows(NamedTuple):
     q: Tensor
     inv_scale: Tensor
     row_sum: Tensor | None
+    q_t: Tensor | None = None
+    """``q`` transposed, where a gradient will read it so."""
 
 
 class Levels(NamedTuple):
@@ -58,6 +60,8 @@ class Levels(NamedTuple):
     inv_scale: Tensor
     packed: Tensor | None = None
     format: str = ""
+    q_t: Tensor | None = None
+    """``q`` transposed, where a gradient will read it so."""
 
 
 @contextmanager
@@ -86,7 +90,7 @@ def integer_matmul(x: Tensor, w: Tensor) -> Tensor:
             return torch.mm(x.float(), w.float().t())
 
 
-def quantize_rows(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] | None = None) -> Rows:
+def activation_rows(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] | None = None) -> Rows:
     """Quantize the activations (..., K) of a layer, once for all layers that read the same tensor.
 
     wq, wk and wv do, and so do w1 and w3. The result is kept on the tensor itself, so it lives no longer than that, and
@@ -133,6 +137,10 @@ def _forward(rows: Rows, levels: Levels, on_int8_units: bool, reduce: Callable[[
     return total.div_(scales)
 
 
+def _transposed(of: Rows | Levels) -> Tensor:
+    return of.q.t() if of.q_t is None else of.q_t
+
+
 class LowBitProduct(torch.autograd.Function):
     """x (M, K), weight (N, K), their quantized forms -> y (M, N) in ``dtype``.
 
@@ -152,8 +160,11 @@ class LowBitProduct(torch.autograd.Function):
         levels_again: Callable[[Tensor], Tensor] | None,
         reduce: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        kept = levels.q if levels_again is None else weight
-        ctx.save_for_backward(rows.q, rows.inv_scale, kept, levels.inv_scale)
+        w_kept = weight
+        if levels_again is None:
+            w_kept = levels.q if arithmetic.input_gradient == "float" else _transposed(levels)
+        x_kept = rows.q if arithmetic.weight_gradient == "float" else _transposed(rows)
+        ctx.save_for_backward(x_kept, rows.inv_scale, w_kept, levels.inv_scale)
         ctx.dtypes = x.dtype, weight.dtype
         ctx.arithmetic, ctx.levels_again = arithmetic, levels_again
         on_int8_units = arithmetic.forward == "int8" and rows.q.is_cuda
@@ -161,12 +172,14 @@ class LowBitProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_q, x_inv_scale, kept, w_inv_scale = ctx.saved_tensors
+        x_q, x_inv_scale, w_q, w_inv_scale = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         how = ctx.arithmetic
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            w_q = kept if ctx.levels_again is None else ctx.levels_again(kept)
+            if ctx.levels_again is not None:
+                w_q = ctx.levels_again(w_q)
+                w_q = w_q if how.input_gradient == "float" else w_q.t()
             if how.input_gradient == "float":
                 grad_x = torch.mm(grad, w_q.to(grad.dtype)).to(x_dtype).div_(w_inv_scale)
             else:

@@ -2,9 +2,10 @@
 
 A norm of a block is read by low-bit layers only, which quantize what they read. The kernel that normalizes a row has it
 in registers, so it finds the row's scale and writes its int8 form too; the layers then find that on the tensor (see
-``quantize_rows``) and read the norm's output no more. Kept for backward are the norm's input and one number per row.
+``activation_rows``) and read the norm's output no more. Kept for backward are its input and one number per row.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,27 +17,32 @@ from bitnet_kernels.training_ops import norm_quantize, rms_norm_backward
 
 
 class _NormedRows(torch.autograd.Function):
-    """x (..., K), weight (K,) -> y (..., K), its int8 rows (M, K) and their scales (M,)."""
+    """x (..., K), weight (K,) -> y (..., K), its int8 rows (M, K), their scales (M,), and the rows transposed or ()."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, transposed: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        y, q, inv_scale, rstd, _ = norm_quantize(rows, weight, eps)
+        y, q, inv_scale, rstd, q_t = norm_quantize(rows, weight, eps, transposed)
         ctx.save_for_backward(rows, weight, rstd)
-        ctx.mark_non_differentiable(q, inv_scale)
-        return y.view(x.shape), q, inv_scale
+        ctx.mark_non_differentiable(q, inv_scale, q_t)
+        return y.view(x.shape), q, inv_scale, q_t
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
         rows, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = rms_norm_backward(grad.reshape(rows.shape), rows, weight, rstd)
-        return grad_x.view(grad.shape), grad_weight, None
+        return grad_x.view(grad.shape), grad_weight, None, None
 
 
-def norm_with_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x (..., K), differentiable; on the result lies what ``quantize_rows`` would make of it at 8 bits."""
-    y, q, inv_scale = _NormedRows.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    keep_rows(y, 8, Rows(q, inv_scale.view(-1, 1), None))
+def norm_with_rows(x: Tensor, weight: Tensor, eps: float, transposed: bool = False) -> Tensor:
+    """RMSNorm of x (..., K), differentiable; on the result lies what ``activation_rows`` would make of it at 8 bits.
+
+    ``transposed`` lays the rows there a second time as the int8 gradient of a weight reads them.
+    """
+    y, q, inv_scale, q_t = _NormedRows.apply(x, weight, eps, transposed)  # type: ignore[no-untyped-call]
+    keep_rows(y, 8, Rows(q, inv_scale.view(-1, 1), None, q_t if transposed else None))
     return y  # type: ignore[no-any-return]
 
 
@@ -49,6 +55,7 @@ def fuse_norms(blocks: Any) -> int:
     for block in blocks:
         for norm, readers in block.norm_groups():
             if all(isinstance(r, BitLinear) and r.weight_kind != "none" and r.act_bits == 8 for r in readers):
-                norm.training_kernel = norm_with_rows
+                transposed = any(r.arithmetic.weight_gradient != "float" for r in readers)
+                norm.training_kernel = functools.partial(norm_with_rows, transposed=transposed)
                 fused += 1
     return fused

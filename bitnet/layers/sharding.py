@@ -32,7 +32,7 @@ class Split(NamedTuple):
 
     def largest(self, magnitudes: Tensor) -> Tensor:
         """The largest of all processes, element by element."""
-        magnitudes = magnitudes.contiguous()
+        magnitudes = magnitudes.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(magnitudes, dist.ReduceOp.MAX, self.group)
         return magnitudes
 
@@ -82,12 +82,11 @@ class _PackedGather:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.format = FORMATS["ternary2" if layer.weight_kind == "ternary" else "binary1"]
+        self.format = FORMATS[WEIGHT_QUANTIZERS[layer.weight_kind].format]
 
     def before(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
-        piece = self.layer.weight._local_tensor.detach()
-        q = WEIGHT_QUANTIZERS[self.layer.weight_kind].int8_levels(piece, self.layer.shared_scale)
-        return (self.format.encode(q),), piece.shape[1]
+        q = self.layer.local_levels()
+        return (self.format.encode(q),), q.shape[1]
 
     def after(
         self, gathered: tuple[Tensor, ...], k: int, dtype: torch.dtype, *, out: Tensor | None = None

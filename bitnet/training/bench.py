@@ -169,7 +169,7 @@ class _Contestant:
 
 @contextmanager
 def _watching_quantizers(device: str) -> Iterator[Callable[[], float]]:
-    """Seconds spent in ``BitLinear.levels`` and in ``quantize_rows`` inside the block."""
+    """Seconds spent in ``BitLinear.levels`` and in ``activation_rows`` inside the block."""
     spent = 0.0
 
     def timed(function: Any) -> Any:
@@ -188,7 +188,7 @@ def _watching_quantizers(device: str) -> Iterator[Callable[[], float]]:
 
     with (
         mock.patch.object(BitLinear, "levels", timed(BitLinear.levels)),
-        mock.patch("bitnet.layers.bit_linear.quantize_rows", timed(integer_products.quantize_rows)),
+        mock.patch("bitnet.layers.bit_linear.activation_rows", timed(integer_products.activation_rows)),
     ):
         yield lambda: spent
 

@@ -26,9 +26,7 @@ from torch import Tensor
 from bitnet_kernels import training_reference
 from bitnet_kernels.ops import _is_plain_cpu
 from bitnet_kernels.reference import ABSMAX_FLOOR
-
-MAX_INT8_K = (2**31 - 1) // 128**2
-"""Most terms of an int8 x int8 sum that surely ends inside int32 (131,071)."""
+from bitnet_kernels.training_reference import MAX_INT8_K
 
 GRADIENT_FLOOR = 1e-30
 """Floor of the magnitudes of gradients: a mean over a batch makes them far smaller than 1e-5."""

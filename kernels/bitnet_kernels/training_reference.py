@@ -4,16 +4,42 @@ The Triton kernels equal these bit for bit, except for the mean of squares in th
 where float32 terms are added in another order.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from bitnet_kernels.reference import ABSMAX_FLOOR
 
+MAX_INT8_K = (2**31 - 1) // 128**2
+"""Most terms of an int8 x int8 sum that surely ends inside int32 (131,071)."""
+
+
+@functools.cache
+def cpu_multiplies_int8_exactly() -> bool:
+    """Whether torch's int8 product is exact on this CPU: without VNNI its kernels may saturate 16-bit sums."""
+    a = torch.full((32, 256), 127, dtype=torch.int8)
+    a[1::2] = -128
+    expected = (a.long() @ a.long().t()).to(torch.int32)
+    try:
+        return torch.equal(torch._int_mm(a, a.t()), expected)
+    except RuntimeError:
+        return False
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """int8 (M, K) @ int8 (K, N) -> int32 (M, N), exact on every CPU. Raises ``ValueError`` above ``MAX_INT8_K``."""
+    if a.shape[1] > MAX_INT8_K:
+        raise ValueError(f"sums of {a.shape[1]} int8 products may not fit int32; at most {MAX_INT8_K}")
+    if cpu_multiplies_int8_exactly():
+        return torch._int_mm(a, b)
+    return torch.mm(a.double(), b.double()).to(torch.int32)
+
 
 def int8_matmul(
     a: Tensor, b: Tensor, row_inv_scale: Tensor, inv_scale: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    total = torch._int_mm(a.contiguous(), b.contiguous().t())
+    total = int8_product(a.contiguous(), b.contiguous().t())
     inv = row_inv_scale if inv_scale is None else row_inv_scale * inv_scale
     return (total.float() / inv.reshape(-1, 1)).to(out_dtype or torch.float32)
 

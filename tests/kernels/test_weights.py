@@ -8,17 +8,16 @@ import torch
 
 from bitnet.model import RMSNorm
 from bitnet.quantizers import WEIGHT_QUANTIZERS, WeightScale, exact_sums
-from bitnet_kernels import FORMATS, rms_norm
+from bitnet_kernels import FORMATS, rms_norm, training_reference
 from bitnet_kernels.cpu import native, weights
 from bitnet_kernels.gradients import (
     LEVELS,
     _gradient_digits,
     gradient_digits,
     input_gradient,
-    int8_product,
     weight_gradient,
 )
-from bitnet_kernels.training_ops import MAX_INT8_K
+from bitnet_kernels.training_reference import MAX_INT8_K, int8_product
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
@@ -104,10 +103,10 @@ def test_digits_put_together_are_the_gradient(m, n, digits, per_column) -> None:
         torch.set_num_threads(threads)
         high, low, inv_scale = gradient_digits(g, digits, row_inv, per_column)
         torch.set_num_threads(1)
-        absmax = exact.abs().amax(0 if per_column else 1)
+        lines = exact.t() if per_column else exact
         value = high.double() if low is None else 256.0 * high.double() + low.double()
-        step = (absmax / LEVELS[digits]).view((1, -1) if per_column else (-1, 1))
-        error = (value * step - exact).abs() / step.clamp(min=1e-300)
+        step = lines.abs().amax(1, keepdim=True) / LEVELS[digits]
+        error = (value * step - lines).abs() / step.clamp(min=1e-300)
         assert float(error.max()) <= 0.5 + 1e-2  # half a level; 32639 float32 levels are themselves off by 4e-3
         assert int(high.abs().max()) <= 127
     reference = _gradient_digits(g, digits, row_inv, per_column)
@@ -121,26 +120,31 @@ def test_infinite_gradients_do_not_hide() -> None:
         g = matrix(4, 6)
         g[1, 2] = bad
         x, w = torch.ones(4, 5, dtype=torch.int8), torch.ones(6, 5, dtype=torch.int8)
-        dx = input_gradient(g, w, torch.tensor(1.0), 2)
+        dx = input_gradient(g, w.t(), torch.tensor(1.0), 2)
         assert dx[1].isnan().all() and dx[[0, 2, 3]].isfinite().all()
-        dw = weight_gradient(g, x, torch.ones(4, 1), 1)
+        dw = weight_gradient(g, x.t(), torch.ones(4, 1), 1)
         assert dw[2].isnan().all() and dw[[0, 1, 3, 4, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "operators of a gpu"])
 @pytest.mark.parametrize("digits,tolerance", [(1, 2e-2), (2, 1e-4)])
-def test_gradients_against_float64(digits, tolerance) -> None:
+def test_gradients_against_float64(digits, tolerance, on_gpu) -> None:
     generator = torch.Generator().manual_seed(4)
     g = torch.randn(65, 47, generator=generator) * 1e-5  # far below the 1e-5 at which activations are clamped
     w = torch.randint(-1, 2, (47, 70), dtype=torch.int8, generator=generator)
     x = torch.randint(-127, 128, (65, 70), dtype=torch.int8, generator=generator)
     x_inv, w_inv = torch.rand(65, 1, generator=generator) * 9 + 1, torch.tensor(37.0)
-    dx, dw = input_gradient(g, w, w_inv, digits), weight_gradient(g, x, x_inv, digits)
+    dx = input_gradient(g, w.t(), w_inv, digits, on_gpu)
+    dw = weight_gradient(g, x.t(), x_inv, digits, on_gpu)
     for found, exact in ((dx, g.double() @ w.double() / 37.0), (dw, (g.double() / x_inv.double()).T @ x.double())):
         assert found.dtype == torch.float32
         assert float((found - exact).norm() / exact.norm()) < tolerance
 
 
-def test_int8_products_are_exact_and_too_long_ones_refused() -> None:
+@pytest.mark.parametrize("vnni", [True, False])
+def test_int8_products_are_exact_and_too_long_ones_refused(monkeypatch, vnni) -> None:
+    if not vnni:
+        monkeypatch.setattr(training_reference, "cpu_multiplies_int8_exactly", lambda: False)
     a = torch.full((3, 4096), -128, dtype=torch.int8)
     assert torch.equal(int8_product(a, a.t()).long(), torch.full((3, 3), 4096 * 128 * 128))
     with pytest.raises(ValueError, match=str(MAX_INT8_K)):

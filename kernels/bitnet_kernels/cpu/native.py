@@ -84,6 +84,12 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def takes(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels are there and can be given this tensor by its address."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == dtype and x.is_contiguous()
+    return plain and not torch.compiler.is_compiling() and library() is not None
+
+
 @functools.cache
 def best_isa() -> Isa:
     """The best instruction set of this machine, or the lower one that ``$BITNET_CPU_ISA`` names."""

@@ -9,14 +9,9 @@ from torch import Tensor
 from bitnet_kernels.cpu import native
 
 
-def _takes(w: Tensor, dtype: torch.dtype) -> bool:
-    plain = type(w) in (Tensor, torch.nn.Parameter) and w.is_cpu and w.dtype == dtype and w.is_contiguous()
-    return plain and not torch.compiler.is_compiling() and native.library() is not None
-
-
 def weight_sums(w: Tensor, with_sign: bool) -> Tensor | None:
     """Float64 (4,) of w (N, K): the pairs ``exact_sums(w.abs())`` and, ``with_sign``, ``exact_sums(w)``; else zeros."""
-    if not _takes(w, torch.float32):
+    if not native.takes(w, torch.float32):
         return None
     lib = native.library()
     assert lib is not None
@@ -29,7 +24,7 @@ def weight_sums(w: Tensor, with_sign: bool) -> Tensor | None:
 
 def weight_levels(w: Tensor, inv_scale: Tensor, mean: Tensor, binary: bool) -> Tensor | None:
     """int8 (N, K): ``clamp(round(w * inv_scale), -1, 1)``, or the sign of ``w - mean`` with -1 for 0."""
-    if not _takes(w, torch.float32):
+    if not native.takes(w, torch.float32):
         return None
     lib = native.library()
     assert lib is not None
@@ -43,7 +38,7 @@ def weight_levels(w: Tensor, inv_scale: Tensor, mean: Tensor, binary: bool) -> T
 
 def pack_levels(q: Tensor, planes: int) -> Tensor | None:
     """int8 levels (N, K) -> uint8 (N, whole blocks of K), unchecked; ``planes`` is 4 for ternary, 8 for binary."""
-    if not _takes(q, torch.int8):
+    if not native.takes(q, torch.int8):
         return None
     lib = native.library()
     assert lib is not None
