@@ -72,6 +72,15 @@ def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, run_fit, optio
         assert run_digest(parts) == run_digest(tmp_path / "whole"), stop
 
 
+def test_a_stop_inside_the_first_window_after_a_resume_loses_no_batch(text, tmp_path, run_fit) -> None:
+    """A save there would count batches as done whose gradients are gone with the process."""
+    run_fit(text, tmp_path / "whole", "--trainer.max_steps=12", *WINDOW)
+    _stop_after(7, text, tmp_path / "parts", 12, WINDOW)
+    _stop_after(7, text, tmp_path / "parts", 12, (*WINDOW, "--ckpt_path=last"), inside_window=True)
+    run_fit(text, tmp_path / "parts", "--trainer.max_steps=12", *WINDOW, "--ckpt_path=last")
+    assert run_digest(tmp_path / "parts") == run_digest(tmp_path / "whole")
+
+
 WIDE = ("--model.config.dim=64", "--model.config.ffn_dim=128")  # 8-bit moments begin at 4,096 parameters
 
 
@@ -123,14 +132,17 @@ class Stop(Exception):
     """Ends a run from within, after a number of optimizer steps."""
 
 
-def _stop_after(stop: int, text: Path, folder: Path, steps: int, options: tuple[str, ...]) -> None:
+def _stop_after(
+    stop: int, text: Path, folder: Path, steps: int, options: tuple[str, ...], inside_window: bool = False
+) -> None:
+    """Train until ``stop`` optimizer steps are done and, ``inside_window``, some of the batches of the next."""
     from bitnet.training.callbacks import LastCheckpoint
 
     original = LastCheckpoint.on_train_batch_end
 
     def stopping(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
         original(self, trainer, *args, **kwargs)
-        if trainer.global_step == stop and trainer.fit_loop._should_accumulate() is False:
+        if trainer.global_step == stop and trainer.fit_loop._should_accumulate() is inside_window:
             raise Stop
 
     LastCheckpoint.on_train_batch_end = stopping  # type: ignore[method-assign]
