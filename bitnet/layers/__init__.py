@@ -5,6 +5,7 @@ from bitnet.layers.bit_linear import BitLinear, level_shares, low_bit_layers
 from bitnet.layers.fake_quantized_linear import FakeQuantizedLinear, quantized_layers
 from bitnet.layers.integer_products import Arithmetic
 from bitnet.layers.lora_linear import LoRALinear
+from bitnet.layers.scaled_bit_linear import ScaledBitLinear
 from bitnet.layers.swap import swap_linears
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "BitLinear",
     "FakeQuantizedLinear",
     "LoRALinear",
+    "ScaledBitLinear",
     "level_shares",
     "low_bit_layers",
     "quantized_layers",

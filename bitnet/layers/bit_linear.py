@@ -102,8 +102,10 @@ class BitLinear(nn.Linear):
         if not keep or torch.compiler.is_compiling():
             self._levels = None
             return self._quantize()
-        weight = local_part(self.weight.detach())
-        key = (weight.data_ptr(), weight.dtype, weight.is_inference() or self.weight._version)
+        key = tuple(
+            (local_part(p.detach()).data_ptr(), p.dtype, p.is_inference() or p._version)
+            for p in self.parameters(recurse=False)
+        )
         if self._levels is None or self._levels[0] != key:
             self._levels = (key, self._quantize())
         return self._levels[1]
@@ -162,20 +164,24 @@ class BitLinear(nn.Linear):
         """Fake quantization of whichever side is low-bit, blended by ``warmup``: u + warmup * (quantized(u) - u)."""
         w = local_part(self.weight)
         if self.weight_kind != "none":
-            q, inv_scale = self.quantized_weight()
-            w = _blend(w, (q / inv_scale).to(w.dtype), warmup)
+            w = self._blended_weight(w, warmup)
         if self.act_bits != "none":
-            x = _blend(x, fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), warmup)
+            x = blend(x, fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), warmup)
         if self.split is not None and self.split.dim == "inputs":
             y: Tensor = AddUp.apply(F.linear(x, w), self.split)  # type: ignore[no-untyped-call]
             return y if self.bias is None else y + self.bias
         return F.linear(x, w, self.bias)
 
+    def _blended_weight(self, w: Tensor, warmup: float) -> Tensor:
+        q, inv_scale = self.quantized_weight()
+        return blend(w, (q / inv_scale).to(w.dtype), warmup)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_kind={self.weight_kind}, act_bits={self.act_bits}"
 
 
-def _blend(x: Tensor, quantized: Tensor, warmup: float) -> Tensor:
+def blend(x: Tensor, quantized: Tensor, warmup: float) -> Tensor:
+    """``x + warmup * (quantized - x)`` in the forward pass, the identity to ``x`` in the backward pass."""
     return straight_through(quantized if warmup == 1.0 else torch.lerp(x.detach(), quantized, warmup), x)
 
 

@@ -54,7 +54,7 @@ class Rows(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """A quantized weight: int8 ``q`` (N, K), float32 ``inv_scale`` (), and the packed form, if a forward reads it."""
+    """A quantized weight: int8 ``q`` (N, K), float32 ``inv_scale`` () or (N,), and what else a product reads."""
 
     q: Tensor
     inv_scale: Tensor
@@ -62,6 +62,8 @@ class Levels(NamedTuple):
     format: str = ""
     q_t: Tensor | None = None
     """``q`` transposed, where a gradient will read it so."""
+    group_scale: Tensor | None = None
+    """Float32 (N, G) factors for groups of inputs, in the place of ``inv_scale``."""
 
 
 @contextmanager
@@ -118,7 +120,7 @@ def keep_rows(x: Tensor, bits: int, rows: Rows) -> None:
     x._bitnet_rows = ((bits, x._version), rows)  # type: ignore[attr-defined]
 
 
-def _forward(rows: Rows, levels: Levels, on_int8_units: bool, reduce: Callable[[Tensor], None] | None) -> Tensor:
+def low_bit_forward(rows: Rows, levels: Levels, on_int8_units: bool, reduce: Callable[[Tensor], None] | None) -> Tensor:
     """Float32 (M, N). ``reduce`` adds up the sums of processes that hold some of the inputs each: exactly."""
     (n, k), scales = levels.q.shape, rows.inv_scale * levels.inv_scale
     if on_int8_units and reduce is None:
@@ -128,7 +130,7 @@ def _forward(rows: Rows, levels: Levels, on_int8_units: bool, reduce: Callable[[
     elif reduce is None:
         return packed_matmul(
             rows.q, levels.packed, levels.format, n=n, k=k, x_inv_scale=rows.inv_scale,
-            w_inv_scale=levels.inv_scale.view(1), row_sum=rows.row_sum,
+            w_inv_scale=levels.inv_scale.view(-1), row_sum=rows.row_sum,
         )  # fmt: skip
     else:
         total = packed_matmul(rows.q, levels.packed, levels.format, n=n, k=k, row_sum=rows.row_sum).float()
@@ -168,7 +170,7 @@ class LowBitProduct(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype
         ctx.arithmetic, ctx.levels_again = arithmetic, levels_again
         on_int8_units = arithmetic.forward == "int8" and rows.q.is_cuda
-        return _forward(rows, levels, on_int8_units, reduce).to(dtype)
+        return low_bit_forward(rows, levels, on_int8_units, reduce).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

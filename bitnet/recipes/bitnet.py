@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from bitnet.errors import UserError
-from bitnet.layers import BitLinear, swap_linears
+from bitnet.layers import BitLinear, ScaledBitLinear, swap_linears
 from bitnet.layers.bit_linear import ActBits, WeightKind
 from bitnet.recipes.base import Progress, Recipe, no_progress
+from bitnet.scale_rules import ScaledQuantizer, ScalePer, ScaleRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,16 @@ class BitNet(Recipe):
     """Switch from 8-bit to 4-bit activations after this fraction of the run; null for never."""
     quantizer_warmup: int = 0
     """Steps over which the quantizers are blended in, linearly; 0 for exact from the start."""
+    quantize_from: float = 0.0
+    """Train in float before this fraction of the run."""
+    scale: ScaleRule = "absmean"
+    """How the scale of the weights is found: absmean, absmedian, rms, or twn (ternary only)."""
+    scale_per: ScalePer = "matrix"
+    """What has a scale of its own: the matrix, each row, or each group of so many inputs of a row."""
+    learned_scale: bool = False
+    """Multiply every scale by a trained factor."""
+    mask_beyond: float | None = None
+    """Weights whose magnitude exceeds so many scales get no gradient (QuEST: 1.5); null for the plain estimator."""
     keep_8bit: tuple[str, ...] = ("wo", "w2", "o_proj", "down_proj")
     """Names of the linears whose inputs never go below 8 bits."""
 
@@ -40,8 +51,27 @@ class BitNet(Recipe):
             raise UserError(f"act4_from = {self.act4_from}: a fraction between 0 and 1 is needed.")
         if self.act4_from is not None and self.act_bits != 8:
             raise UserError(f"act4_from needs act_bits = 8 to start from; it is {self.act_bits}.")
+        if not 0.0 <= self.quantize_from < 1.0:
+            raise UserError(f"quantize_from = {self.quantize_from}: a fraction below 1 is needed.")
+        if self.mask_beyond is not None and self.mask_beyond <= 0.5:
+            raise UserError(f"mask_beyond = {self.mask_beyond}: must exceed 0.5, where a weight becomes 0.")
+        if self.weight == "none" and not self.has_plain_scale:
+            raise UserError("scale, scale_per, learned_scale and mask_beyond need ternary or binary weights.")
+        if self.weight != "none":
+            self.quantizer  # noqa: B018 - refuses what does not fit
         if self.quantizer_warmup < 0:
             raise UserError(f"quantizer_warmup = {self.quantizer_warmup}: must be 0 or more.")
+
+    @property
+    def has_plain_scale(self) -> bool:
+        """One absmean for each matrix, and the plain straight-through estimator: what the fast layer computes."""
+        plain = self.scale == "absmean" and self.scale_per == "matrix"
+        return plain and not self.learned_scale and self.mask_beyond is None
+
+    @property
+    def quantizer(self) -> ScaledQuantizer:
+        assert self.weight != "none"
+        return ScaledQuantizer(kind=self.weight, rule=self.scale, per=self.scale_per)
 
     def bits_of(self, name: str, act_bits: ActBits) -> ActBits:
         """Activation bits of the linear at path ``name``."""
@@ -52,19 +82,27 @@ class BitNet(Recipe):
             return []
 
         def bit_linear(name: str, linear: nn.Linear) -> nn.Module:
-            return BitLinear.from_linear(linear, self.weight, self.bits_of(name, self.act_bits))
+            act_bits = self.bits_of(name, self.act_bits)
+            if self.has_plain_scale:
+                return BitLinear.from_linear(linear, self.weight, act_bits)
+            return ScaledBitLinear.from_float(
+                linear, act_bits, quantizer=self.quantizer, learned=self.learned_scale, gradient_clip=self.mask_beyond
+            )
 
         return swap_linears(model, bit_linear)
 
     def served(self, step: int, total_steps: int) -> "BitNet":
         late = self.act4_from is not None and step >= self.act4_from * total_steps
-        return replace(self, act_bits=4 if late else self.act_bits, act4_from=None, quantizer_warmup=0)
+        return replace(
+            self, act_bits=4 if late else self.act_bits, act4_from=None, quantizer_warmup=0, quantize_from=0.0
+        )
 
     def on_step(self, model: nn.Module, step: int, total_steps: int) -> None:
-        if self.quantizer_warmup == 0 and self.act4_from is None:
+        if self.quantizer_warmup == 0 and self.act4_from is None and self.quantize_from == 0.0:
             return
         act_bits = self.served(step, total_steps).act_bits
-        warmup = min(step / self.quantizer_warmup, 1.0) if self.quantizer_warmup else 1.0
+        since = step - self.quantize_from * total_steps
+        warmup = 0.0 if since < 0 else min(since / self.quantizer_warmup, 1.0) if self.quantizer_warmup else 1.0
         for name, module in model.named_modules():
             if isinstance(module, BitLinear):
                 module.act_bits, module.warmup = self.bits_of(name, act_bits), warmup
