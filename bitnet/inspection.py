@@ -197,12 +197,13 @@ def inspect_run(path: Path) -> None:
         return
     _print_facts(str(path), {**facts, **_export_facts(model.config)})
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("layer", "shape", "-1", "0", "+1", "1 / inv_scale"):
+    for column in ("layer", "shape", "-1", "0", "+1", "scale"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for name, layer in low_bit_layers(model).items():
-        q, inv_scale = layer.quantized_weight()
-        shares = [f"{share:.1%}" for share in level_shares(q)]
-        table.add_row(name, f"{q.shape[0]} x {q.shape[1]}", *shares, f"{1 / float(inv_scale):.5f}")
+        levels = layer.levels()
+        shares = [f"{share:.1%}" for share in level_shares(levels.q)]
+        scale = levels.inv_scale.reciprocal().mean()  # of all groups
+        table.add_row(name, f"{layer.out_features} x {layer.in_features}", *shares, f"{float(scale):.5f}")
     if table.row_count:
         Console(highlight=False, width=110).print(table)
 
@@ -231,7 +232,7 @@ def print_packed(path: Path) -> None:
     for name, entry in packed.tensors.items():
         role = "scales and norms"
         if name.endswith(".packed"):
-            form = packed.forms[name.removesuffix(".packed")][0]
+            form = packed.forms[name.removesuffix(".packed")].format
             by_format[form] = by_format.get(form, 0) + 1
             role = f"packed weights ({form})"
         elif name.endswith(".codes"):
@@ -240,7 +241,7 @@ def print_packed(path: Path) -> None:
         elif name.startswith(("tok_embeddings", "lm_head")):
             role = f"embedding and head ({packed.head}, {'tied' if packed.config.tie_embeddings else 'untied'})"
         sizes[role] = sizes.get(role, 0) + entry.nbytes
-    acts = {str(bits) for _, bits in packed.forms.values()}
+    acts = {str(form.act_bits) for form in packed.forms.values()}
     if codes:
         acts.add(str(packed.recipe.get("activation_bits", "none")))
     facts = {

@@ -98,7 +98,7 @@ class ScaledQuantizer:
 
 
 class FakeWeight(torch.autograd.Function):
-    """w (N, K), levels and scales -> float (N, K) ``q * scale``, the gradient passed straight through to ``w``.
+    """w (N, K) and what it is rounded to, ``dense`` (N, K) -> that, its gradient passed straight through to ``w``.
 
     Where ``|w|`` exceeds ``clip`` steps the gradient of a weight is dropped (the trust mask of QuEST, arXiv 2502.05003,
     at 1.5). ``factor`` (R, G) is a trained part of ``scale``: its gradient is that of ``q * (scale / factor)``.
@@ -109,6 +109,7 @@ class FakeWeight(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx,
         w: Tensor,
         factor: Tensor | None,
+        dense: Tensor,
         q: Tensor,
         scale: Tensor,
         step: Tensor,
@@ -118,7 +119,7 @@ class FakeWeight(torch.autograd.Function):
         ctx.quantizer, ctx.clip = quantizer, clip  # type: ignore[attr-defined]
         saved = (w if clip is not None else None, factor, q if factor is not None else None, scale, step)
         ctx.save_for_backward(*saved)  # type: ignore[arg-type]
-        return (quantizer.groups(q.to(w.dtype)) * scale[..., None].to(w.dtype)).view(w.shape)
+        return dense
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,4 +132,4 @@ class FakeWeight(torch.autograd.Function):
         if w is not None:
             near = quantizer.groups(w).abs() <= ctx.clip * step[..., None]  # type: ignore[attr-defined]
             grad = grad * near.view(grad.shape)
-        return grad, grad_factor, None, None, None, None, None
+        return grad, grad_factor, None, None, None, None, None, None

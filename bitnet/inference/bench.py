@@ -24,7 +24,7 @@ from bitnet.errors import UserError
 from bitnet.generate import decoder_of, prefill
 from bitnet.inference.files import load_packed, place
 from bitnet.inference.header import read_header
-from bitnet.inference.packed_linear import HeadDtype, PackedLinear
+from bitnet.inference.packed_linear import HeadDtype, LayerForm, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import packed_skeleton
 from bitnet.model import Transformer, without_memory
@@ -39,7 +39,7 @@ def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTr
     format = WEIGHT_QUANTIZERS[weight].format
     with without_memory():
         names = [n for n, m in Transformer(config).layers.named_modules() if isinstance(m, torch.nn.Linear)]
-    model = packed_skeleton(config, {f"layers.{name}": (format, 8) for name in names}, head)
+    model = packed_skeleton(config, {f"layers.{name}": LayerForm(format) for name in names}, head)
     place(model)
     generator = torch.Generator().manual_seed(0)
     codes = torch.tensor([0, 1, 2], dtype=torch.uint8)

@@ -28,7 +28,7 @@ from bitnet.inference.header import (
     stream,
     with_seal,
 )
-from bitnet.inference.packed_linear import PackedLinear
+from bitnet.inference.packed_linear import LayerForm, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import LayerForms, packed_skeleton
 from bitnet.layers import quantized_layers
@@ -83,7 +83,8 @@ def save_packed(
             )
         if stored != layer.format:
             tensors[f"{name}.packed"] = FORMATS[stored].pack(layer.weight_levels().cpu())
-        forms[name] = [stored, layer.act_bits]
+        form = layer.form._replace(format=stored)
+        forms[name] = list(form if form.scale_per != "matrix" else form[:2])
     description = {
         **(extras or {}),
         "format_version": FORMAT_VERSION,
@@ -124,11 +125,11 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
     """
 
     packed = read_header(path)
-    known = set(FORMATS)
-    if any(form not in known or bits not in (8, 4, "none") for form, bits in packed.forms.values()):
+    if not all(_is_known(form) for form in packed.forms.values()):
         raise damaged(packed.path, "it has layers of an unknown form")
     resident: LayerForms = {
-        name: ("ternary2" if form == "ternary_base3" else form, bits) for name, (form, bits) in packed.forms.items()
+        name: form._replace(format="ternary2") if form.format == "ternary_base3" else form
+        for name, form in packed.forms.items()
     }
     try:
         _, recipe = build(packed.description) if packed.recipe.get("name") in ON_GRID else (None, None)
@@ -143,7 +144,7 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
         shape: tuple[int, ...] = tuple(tensor.shape)
         owner = name.removesuffix(".packed")
         if owner != name:
-            shape = (shape[0], FORMATS[packed.forms[owner][0]].row_bytes(layers[owner].in_features))
+            shape = (shape[0], FORMATS[packed.forms[owner].format].row_bytes(layers[owner].in_features))
         entry = packed.tensors.get(name)
         if entry is None or (entry.dtype, entry.shape) != (tensor.dtype, shape):
             raise damaged(packed.path, f"{name} is missing or has another shape")
@@ -156,13 +157,19 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
         file.seek(packed.data_start)
         for name in packed.tensors:
             owner = name.removesuffix(".packed")
-            form = packed.forms[owner][0] if owner != name else ""
+            form = packed.forms[owner].format if owner != name else ""
             _fill(destinations[name], stream(file, packed, name), layers[owner] if form == "ternary_base3" else None)
     for name, layer in quantized_layers(model).items():
         at = layer.outlier_at
         if at is not None and not 0 <= int(at.min()) <= int(at.max()) < layer.in_features * layer.out_features:
             raise damaged(packed.path, f"{name} keeps weights that it does not have")
     return model.join_blocks().to(device), tokenizer
+
+
+def _is_known(form: LayerForm) -> bool:
+    grouped = type(form.scale_per) is int and form.scale_per > 0
+    scaled = grouped or form.scale_per in ("matrix", "row")
+    return form.format in FORMATS and form.act_bits in (8, 4, "none") and scaled
 
 
 def _fill(to: Tensor, chunks: Iterator[bytearray], base3: PackedLinear | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from bitnet import tensor_file
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
+from bitnet.inference.packed_linear import LayerForm
 from bitnet.inference.packing import HEAD_DTYPES, LayerForms
 from bitnet.tensor_file import Entry, Malformed, parse_json
 
@@ -95,7 +96,7 @@ def read_header(path: str | Path) -> PackedFile:
             config=_config(path, description["config"]),
             recipe=dict(description["recipe"]),
             head=description["head"],
-            forms={name: (form[0], form[1]) for name, form in description["layers"].items()},
+            forms={name: LayerForm(form[0], form[1], *form[2:]) for name, form in description["layers"].items()},
             digests=description["digests"],
             tokenizer_json=description["tokenizer"],
             tensors=tensors,

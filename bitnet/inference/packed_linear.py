@@ -5,17 +5,29 @@ summed in int32, divided once by both scales. Its scale is stored and never deri
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.layers.bit_linear import ActBits, BitLinear
+from bitnet.layers.integer_products import dequantize
 from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from bitnet.scale_rules import ScalePer
 from bitnet_kernels import FORMATS, packed_matmul, rms_norm_quantize, wide_matmul
 
 HeadDtype = Literal["float32", "float16", "bfloat16", "int8"]
+
+
+class LayerForm(NamedTuple):
+    """How a linear is packed."""
+
+    format: str
+    """A key of ``bitnet_kernels.FORMATS``."""
+    act_bits: ActBits = 8
+    scale_per: ScalePer = "matrix"
+    """What has a scale of its own: the matrix, each row, or each group of so many inputs."""
 
 
 class QuantizedRows:
@@ -39,39 +51,69 @@ class QuantizedRows:
 class PackedLinear(nn.Module):
     """y = x @ W.T with W (N, K) packed in ``format``, a key of ``bitnet_kernels.FORMATS``.
 
-    Buffers: ``packed`` uint8 (N, bytes of a row), ``inv_scale`` float32 (1,) or (N,). ``act_bits`` "none" keeps the
-    activations in floating point: then the weights are unpacked at each call.
+    Buffers: ``packed`` uint8 (N, bytes of a row) and ``inv_scale`` float32 (1,), or (N,) with a scale per row; with a
+    scale per group of inputs ``group_scale`` float32 (N, groups) in its place. ``act_bits`` "none" keeps the
+    activations in floating point: then the weights are unpacked at each call. Raises ``ValueError`` for a group of
+    inputs that the format cannot hold.
     """
 
     packed: Tensor
-    inv_scale: Tensor
+    inv_scale: Tensor | None
+    group_scale: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, format: str, act_bits: ActBits = 8) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        format: str,
+        act_bits: ActBits = 8,
+        scale_per: ScalePer = "matrix",
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.format, self.act_bits = format, act_bits
+        self.format, self.act_bits, self.scale_per = format, act_bits, scale_per
         bytes_of_row = FORMATS[format].row_bytes(in_features)
         self.register_buffer("packed", torch.empty(out_features, bytes_of_row, dtype=torch.uint8))
-        self.register_buffer("inv_scale", torch.empty(1))
+        groups = 0
+        if isinstance(scale_per, int):
+            if in_features % scale_per or scale_per % FORMATS[format].plane:
+                raise ValueError(f"groups of {scale_per} do not fit {format} rows of {in_features} weights")
+            groups = in_features // scale_per
+        scales = 1 if scale_per == "matrix" else out_features
+        self.register_buffer("inv_scale", None if groups else torch.empty(scales, dtype=torch.float32))
+        of_groups = torch.empty(out_features, groups, dtype=torch.float32) if groups else None
+        self.register_buffer("group_scale", of_groups)
         self.bias: Tensor | None = None
+
+    @property
+    def form(self) -> LayerForm:
+        """What another layer of this kind is made with."""
+        return LayerForm(self.format, self.act_bits, self.scale_per)
 
     @classmethod
     @torch.no_grad()
     def from_bit_linear(cls, layer: BitLinear) -> "PackedLinear":
         """The served form of a trained layer, with the weights that it has now."""
         format = WEIGHT_QUANTIZERS[layer.weight_kind].format
+        form = LayerForm(format, layer.act_bits, layer.scale_per)
         with torch.device("meta"):
-            new = cls(layer.in_features, layer.out_features, format=format, act_bits=layer.act_bits)
-        q, inv_scale = layer.quantized_weight()
-        new.packed, new.inv_scale = FORMATS[format].pack(q), inv_scale.reshape(1).clone()
+            new = cls(layer.in_features, layer.out_features, **form._asdict())
+        levels = layer.levels()
+        new.packed = FORMATS[format].pack(levels.q)
+        if levels.group_scale is None:
+            new.inv_scale = levels.inv_scale.reshape(-1).clone()
+        else:
+            new.group_scale = levels.group_scale.clone()
         if layer.bias is not None:
             new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        inv_scale = self.inv_scale
+        scales = self.inv_scale, self.group_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.inv_scale = inv_scale.to(self.inv_scale.device)  # stored, not computed: no dtype of the model rounds it
+        # Stored, not computed: no dtype of the model rounds them.
+        self.inv_scale, self.group_scale = (s if s is None else s.to(self.packed.device) for s in scales)
         return self
 
     def weight_levels(self) -> Tensor:
@@ -88,6 +130,8 @@ class PackedLinear(nn.Module):
             k=self.in_features,
             x_inv_scale=rows.inv_scale,
             w_inv_scale=self.inv_scale,
+            group_scale=self.group_scale,
+            group_size=self.scale_per if isinstance(self.scale_per, int) else 0,
             row_sum=rows.row_sum,
             out_dtype=rows.dtype,
         ).view(*rows.shape, self.out_features)
@@ -95,8 +139,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.act_bits == "none":
-            levels = self.weight_levels().float()
-            return F.linear(x, (levels / self.inv_scale.view(-1, 1)).to(x.dtype), self.bias)
+            w = dequantize(self.weight_levels(), self.inv_scale, self.group_scale)
+            return F.linear(x, w.to(x.dtype), self.bias)
         return self.multiply(QuantizedRows(x, None, self.act_bits))
 
     def extra_repr(self) -> str:

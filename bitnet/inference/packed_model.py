@@ -26,7 +26,7 @@ class _Readers:
         self.linears = linears
         self.sizes = [int(linear.out_features) for linear in linears]  # type: ignore[arg-type]
         packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
-        forms = {(linear.format, linear.act_bits, linear.bias is None) for linear in packed}
+        forms = {(linear.form, linear.bias is None) for linear in packed}
         same = len(packed) == len(linears) and len(forms) == 1 and packed[0].act_bits != "none"
         self.joined = None if not same else packed[0] if len(packed) == 1 else _join(packed)
 
@@ -48,7 +48,8 @@ def _join(parts: list[PackedLinear]) -> PackedLinear | None:
     first = parts[0]
     rows = [part.out_features for part in parts]
     with torch.device("meta"):
-        joined = PackedLinear(first.in_features, sum(rows), format=first.format, act_bits=first.act_bits)
+        per_row = "row" if first.scale_per == "matrix" else first.scale_per
+        joined = PackedLinear(first.in_features, sum(rows), **first.form._replace(scale_per=per_row)._asdict())
     storage, next_ = first.packed.untyped_storage().data_ptr(), first.packed.storage_offset()
     adjoining = not first.packed.is_meta
     for part in parts:
@@ -61,7 +62,10 @@ def _join(parts: list[PackedLinear]) -> PackedLinear | None:
         joined.packed = torch.cat([part.packed for part in parts])
     for part, packed in zip(parts, joined.packed.split(rows), strict=True):
         part.packed = packed
-    joined.inv_scale = torch.cat([part.inv_scale.expand(n) for part, n in zip(parts, rows, strict=True)])
+    if joined.group_scale is not None:
+        joined.group_scale = torch.cat([part.group_scale for part in parts])  # type: ignore[misc]
+    else:
+        joined.inv_scale = torch.cat([part.inv_scale.expand(n) for part, n in zip(parts, rows, strict=True)])  # type: ignore[union-attr]
     return joined
 
 
@@ -88,6 +92,8 @@ class PackedBlock(Block):
         for group in (self._qkv, self._wo, self._gate, self._w2):
             joined, weight = group.joined, getattr(group.norm, "weight", None)
             if joined is None or joined.act_bits != 8 or joined.bias is not None or not joined.packed.is_cpu:
+                return None
+            if joined.inv_scale is None:
                 return None
             if weight is not None and (weight.dtype != torch.float32 or not native.sums_like_torch(weight.numel())):
                 return None

@@ -7,16 +7,16 @@ from torch import nn
 
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
-from bitnet.inference.packed_linear import HeadDtype, PackedLinear, StoredEmbedding, StoredHead, Table
+from bitnet.inference.packed_linear import HeadDtype, LayerForm, PackedLinear, StoredEmbedding, StoredHead, Table
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.layers import quantized_layers, swap_linears
-from bitnet.layers.bit_linear import ActBits, BitLinear, low_bit_layers
+from bitnet.layers.bit_linear import BitLinear, low_bit_layers
 from bitnet.model import Transformer, without_memory
 from bitnet.recipes import Recipe
 
 HEAD_DTYPES: tuple[HeadDtype, ...] = ("float32", "float16", "bfloat16", "int8")
-LayerForms = dict[str, tuple[str, ActBits]]
-"""Format and activation bits of each packed linear, by name."""
+LayerForms = dict[str, LayerForm]
+"""By name of the linear."""
 
 
 def packed_skeleton(
@@ -27,8 +27,7 @@ def packed_skeleton(
     def packed_linear(name: str, linear: nn.Linear) -> nn.Module | None:
         if name not in forms:
             return None
-        format, act_bits = forms[name]
-        return PackedLinear(linear.in_features, linear.out_features, format=format, act_bits=act_bits)
+        return PackedLinear(linear.in_features, linear.out_features, **forms[name]._asdict())
 
     with without_memory():
         model = PackedTransformer(config)
@@ -66,7 +65,7 @@ def pack(model: Transformer, head: HeadDtype = "float32") -> PackedTransformer:
     if kept:
         raise UserError(f"{kept[0]} has low-bit activations but float weights; such layers have no packed form.")
     parts = {name: PackedLinear.from_bit_linear(layer) for name, layer in layers.items()}
-    forms: LayerForms = {name: (part.format, part.act_bits) for name, part in parts.items()}
+    forms: LayerForms = {name: part.form for name, part in parts.items()}
     packed = packed_skeleton(model.config, forms, head)
     for name, part in parts.items():
         packed.set_submodule(name, part)

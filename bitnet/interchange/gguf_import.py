@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.inference.files import place
-from bitnet.inference.packed_linear import PackedLinear
+from bitnet.inference.packed_linear import LayerForm, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import packed_skeleton
 from bitnet.interchange.gguf_blocks import separate_rows
@@ -198,7 +198,7 @@ def _float(config: ModelConfig, reader: _Reader) -> Transformer:
 def _packed(config: ModelConfig, reader: _Reader) -> PackedTransformer:
     with without_memory():
         names = [n for n, m in Transformer(config).named_modules() if type(m) is nn.Linear and n != "lm_head"]
-    model = packed_skeleton(config, dict.fromkeys(names, ("ternary2", 8)), "float32")
+    model = packed_skeleton(config, dict.fromkeys(names, LayerForm("ternary2")), "float32")
     place(model)
     for name, module in _weights(model).items():
         dense = reader.read(name, config)
@@ -209,5 +209,6 @@ def _packed(config: ModelConfig, reader: _Reader) -> PackedTransformer:
         if found is None:
             raise UserError(f"{reader.file}: {GGUF.theirs(name)} has more than one scale; such files are not read.")
         module.packed.copy_(FORMATS[module.format].pack(found[0]))
+        assert module.inv_scale is not None
         module.inv_scale.copy_(found[1])
     return model.join_blocks()

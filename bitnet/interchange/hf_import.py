@@ -17,9 +17,9 @@ from bitnet.config import ModelConfig
 from bitnet.data.tokenizer import begin_with, load_tokenizer
 from bitnet.errors import UserError
 from bitnet.inference.files import place
-from bitnet.inference.packed_linear import HeadDtype, PackedLinear, StoredEmbedding, StoredHead
+from bitnet.inference.packed_linear import HeadDtype, LayerForm, PackedLinear, StoredEmbedding, StoredHead
 from bitnet.inference.packed_model import PackedTransformer
-from bitnet.inference.packing import LayerForms, packed_skeleton
+from bitnet.inference.packing import packed_skeleton
 from bitnet.interchange.hf_export import TRITS, unpack_rows
 from bitnet.interchange.names import HUGGING_FACE
 from bitnet.interchange.opened import Opened, config_of
@@ -253,7 +253,7 @@ def _packed_model(config: ModelConfig, folder: Folder, path: Path, inverted: boo
         is_packed = f"{name}.weight" in names and folder.dtype(names[f"{name}.weight"]) == torch.uint8
         shapes |= {f"{name}.weight": (n // TRITS if is_packed else n, k), f"{name}.weight_scale": (1,)}
     _check(shapes, names, folder, path, config.tie_embeddings)
-    forms: LayerForms = dict.fromkeys(linears, ("ternary2", 8))
+    forms = dict.fromkeys(linears, LayerForm("ternary2"))
     model = packed_skeleton(config, forms, HEAD_OF.get(folder.dtype(names["tok_embeddings.weight"]), "float32"))
     place(model)
     for name, slot in _slots(model).items():
@@ -263,6 +263,7 @@ def _packed_model(config: ModelConfig, folder: Folder, path: Path, inverted: boo
             continue
         slot.packed.copy_(FORMATS[slot.format].pack(_trits(stored, names[f"{name}.weight"], path)))
         scale = folder.read(names[f"{name}.weight_scale"]).float()
+        assert slot.inv_scale is not None
         slot.inv_scale.copy_(scale if inverted else scale.reciprocal())
     return model.join_blocks()
 

@@ -14,6 +14,7 @@ from bitnet.inference.packed_linear import PackedLinear, StoredEmbedding, Stored
 from bitnet.layers import BitLinear, FakeQuantizedLinear, LoRALinear
 from bitnet.layers.bit_linear import ActBits
 from bitnet.model import RMSNorm, Transformer, without_memory
+from bitnet.scale_rules import ScalePer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +46,20 @@ class Matrix:
         return self.levels.float() / (self.inv_scale * share.clamp(min=1e-9))
 
 
+def _check_one_scale(name: str, per: ScalePer) -> None:
+    if per != "matrix":
+        what = "row" if per == "row" else f"group of {per} inputs"
+        raise UserError(f"{name} has a scale for each {what}; export formats take one for the matrix.")
+
+
 def _matrix(name: str, linear: nn.Module) -> Matrix:
     if getattr(linear, "bias", None) is not None:
         raise UserError(f"{name} has a bias; no export format of this model family has room for it.")
     if isinstance(linear, PackedLinear):
-        if linear.inv_scale.numel() != 1:
-            raise UserError(f"{name} has a scale for each row; export formats take one for the matrix.")
+        _check_one_scale(name, linear.scale_per)
         return Matrix(name=name, weight=None, levels=linear.weight_levels(), inv_scale=linear.inv_scale)
     if isinstance(linear, BitLinear) and linear.weight_kind != "none":
+        _check_one_scale(name, linear.scale_per)
         q, inv_scale = linear.quantized_weight()
         return Matrix(name=name, weight=linear.weight.detach(), levels=q, inv_scale=inv_scale.reshape(1))
     if isinstance(linear, FakeQuantizedLinear):

@@ -17,6 +17,7 @@ from bitnet.layers.integer_products import (
     Levels,
     LowBitProduct,
     activation_rows,
+    dequantize,
 )
 from bitnet.layers.sharding import AddUp, Split, local_part
 from bitnet.quantizers import (
@@ -26,6 +27,7 @@ from bitnet.quantizers import (
     fake_quantize,
     straight_through,
 )
+from bitnet.scale_rules import ScalePer
 from bitnet_kernels import FORMATS
 from bitnet_kernels.cpu.weights import pack_levels
 
@@ -56,6 +58,7 @@ class BitLinear(nn.Linear):
             raise ValueError(f"in_features = {in_features}: exact float32 sums end at {MAX_EXACT_K}.")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.weight_kind: WeightKind = weight_kind
+        self.scale_per: ScalePer = "matrix"
         self.act_bits: ActBits = act_bits
         self.warmup = 1.0
         self._held = False
@@ -173,8 +176,8 @@ class BitLinear(nn.Linear):
         return F.linear(x, w, self.bias)
 
     def _blended_weight(self, w: Tensor, warmup: float) -> Tensor:
-        q, inv_scale = self.quantized_weight()
-        return blend(w, (q / inv_scale).to(w.dtype), warmup)
+        levels = self.levels()
+        return blend(w, dequantize(levels.q, levels.inv_scale, None).to(w.dtype), warmup)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_kind={self.weight_kind}, act_bits={self.act_bits}"

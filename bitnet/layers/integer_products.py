@@ -66,6 +66,15 @@ class Levels(NamedTuple):
     """Float32 (N, G) factors for groups of inputs, in the place of ``inv_scale``."""
 
 
+def dequantize(q: Tensor, inv_scale: Tensor | None, group_scale: Tensor | None) -> Tensor:
+    """int8 (N, K) with ``inv_scale`` () or (N,), or with ``group_scale`` (N, G) -> float32 (N, K)."""
+    if group_scale is not None:
+        n, groups = group_scale.shape
+        return (q.view(n, groups, -1) * group_scale[..., None]).view(q.shape)
+    assert inv_scale is not None
+    return q / inv_scale.view(-1, 1)
+
+
 @contextmanager
 def _bf16_products(device: torch.device) -> Iterator[None]:
     """Let float32 matmuls round their operands to bf16, which changes no integer below 257, and is much faster.

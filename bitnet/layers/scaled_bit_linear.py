@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bitnet.layers.bit_linear import ActBits, BitLinear
 from bitnet.layers.grouped_product import Served, grouped_product
-from bitnet.layers.integer_products import Levels, activation_rows, low_bit_forward
+from bitnet.layers.integer_products import Levels, activation_rows, dequantize, low_bit_forward
 from bitnet.quantizers import straight_through
 from bitnet.scale_rules import FakeWeight, ScaledQuantizer
 from bitnet_kernels import FORMATS
@@ -37,8 +37,8 @@ class ScaledBitLinear(BitLinear):
         super().__init__(
             in_features, out_features, bias, weight_kind=quantizer.kind, act_bits=act_bits, device=device, dtype=dtype
         )
-        self.quantizer, self.gradient_clip = quantizer, gradient_clip
-        shape = quantizer.groups(torch.empty(out_features, in_features, device="meta")).shape[:2]
+        self.quantizer, self.gradient_clip, self.scale_per = quantizer, gradient_clip, quantizer.per
+        shape = quantizer.groups(torch.empty(out_features, in_features, dtype=torch.float32, device="meta")).shape[:2]
         self.factor = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device)) if learned else None
 
     @classmethod
@@ -76,8 +76,9 @@ class ScaledBitLinear(BitLinear):
         return Levels(q, inv_scale, packed, format.name)
 
     def _fake_weight(self, levels: Levels) -> Tensor:
+        dense = dequantize(levels.q, levels.inv_scale, levels.group_scale).to(self.weight.dtype)
         w: Tensor = FakeWeight.apply(  # type: ignore[no-untyped-call]
-            self.weight, self.factor, levels.q, *self._steps, self.quantizer, self.gradient_clip
+            self.weight, self.factor, dense, levels.q, *self._steps, self.quantizer, self.gradient_clip
         )
         return w
 

@@ -12,13 +12,20 @@ from bitnet.model import Transformer
 from bitnet.recipes import BitNet
 
 
-def low_bit_model(seed: int = 0, *, act_bits: int | str = 8, weight: str = "ternary", **sizes: object) -> Transformer:
+def low_bit_model(
+    seed: int = 0,
+    *,
+    act_bits: int | str = 8,
+    weight: str = "ternary",
+    recipe: dict[str, object] | None = None,
+    **sizes: object,
+) -> Transformer:
     """A model in eval mode whose logits are far from ties."""
     torch.manual_seed(seed)
     fields = {"vocab_size": 97, "dim": 96, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 100}
     config = ModelConfig(**{**fields, "max_seq_len": 128, "init_std": 0.2, **sizes})
     model = Transformer(config)
-    BitNet(weight=weight, act_bits=act_bits).prepare(model)
+    BitNet(weight=weight, act_bits=act_bits, **(recipe or {})).prepare(model)
     return model.eval()
 
 

@@ -149,7 +149,20 @@ def test_unknown_forms_and_sizes(file: Path) -> None:
     description = json.loads(
         json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])["__metadata__"]["bitnet"]
     )
-    for form in (["int2", 8], ["binary1", 8], ["ternary2", 3], ["ternary2"], "ternary2", 7):
+    for form in (
+        ["int2", 8],
+        ["binary1", 8],
+        ["ternary2", 3],
+        ["ternary2"],
+        "ternary2",
+        7,
+        ["ternary2", 8, "column"],
+        ["ternary2", 8, 96],
+        ["ternary2", 8, 0],
+        ["ternary2", 8, True],
+        ["ternary2", 8, "row"],
+        ["ternary2", 8, 64, 1],
+    ):
         layers = {**description["layers"], "layers.0.attention.wq": form}
         refused(edited(file, layers=layers))
 

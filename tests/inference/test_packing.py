@@ -53,6 +53,38 @@ def test_logits_are_bit_equal(threads, weight, sub_norm, activation, sizes) -> N
         torch.set_num_threads(1)
 
 
+SCALES = [
+    {"scale": "twn"}, {"scale_per": "row"}, {"scale_per": 64}, {"scale": "rms", "scale_per": 128},
+    {"weight": "binary", "scale_per": "row"}, {"weight": "binary", "scale_per": 32},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("options", SCALES, ids=lambda options: "-".join(map(str, options.values())))
+def test_every_scale_is_served_as_trained(options, learned, tokenizer, tmp_path) -> None:
+    """In training mode, in evaluation mode, packed, and packed in a file."""
+    recipe = {**options, "learned_scale": learned}
+    model = low_bit_model(dim=128, ffn_dim=384, weight=recipe.pop("weight", "ternary"), recipe=recipe)
+    with torch.no_grad():
+        for layer in low_bit_layers(model).values():
+            if layer.factor is not None:
+                layer.factor.mul_(torch.rand_like(layer.factor) + 0.5)
+    packed = pack(model)
+    assert_same(model, packed, ((1, 1), (1, 17), (3, 40)))
+    tokens = torch.randint(97, (2, 17))
+    with torch.inference_mode():
+        expected = packed(tokens)
+    assert torch.equal(model.train()(tokens).detach(), expected)
+    save_packed(packed, tokenizer, tmp_path / "m.safetensors")
+    assert_same(model.eval(), load_packed(tmp_path / "m.safetensors")[0], ((1, 9),))
+
+
+@pytest.mark.parametrize("act_bits", [4, "none"])
+def test_scales_of_groups_with_other_activations(act_bits) -> None:
+    model = low_bit_model(dim=128, ffn_dim=384, act_bits=act_bits, recipe={"scale_per": 64})
+    assert_same(model, pack(model), ((1, 9), (2, 20)))
+
+
 @pytest.mark.parametrize("act_bits", [4, "none"])
 def test_other_activation_widths(act_bits) -> None:
     model = low_bit_model(act_bits=act_bits)
