@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from bitnet import BitNet, Transformer
+from bitnet.checkpoint import load_checkpoint
 from bitnet.errors import UserError
+from bitnet.inference.packing import pack
 from bitnet.layers import BitLinear, ScaledBitLinear, low_bit_layers
 from bitnet.quantizers import EPS, WEIGHT_QUANTIZERS
 from bitnet.scale_rules import GAUSSIAN, ScaledQuantizer
+from bitnet.training.cli import main as fit
+
+from .conftest import tiny_options
 
 RULES = [
     ("ternary", "absmean"), ("ternary", "absmedian"), ("ternary", "rms"), ("ternary", "twn"),
@@ -187,3 +192,24 @@ def test_refusals(options, said) -> None:
 def test_a_width_that_no_group_fits_is_refused(tiny_config) -> None:
     with pytest.raises(UserError, match="a matrix has 32 inputs"):
         BitNet(scale_per=64).prepare(Transformer(replace(tiny_config)))
+
+
+def test_integer_gradients_need_the_plain_scale(stories, tmp_path, capsys) -> None:
+    options = ["--model.recipe.scale=rms", "--model.arithmetic.input_gradient=int8"]
+    assert fit([*tiny_options(stories, tmp_path / "run"), *options]) == 2
+    assert "need float gradients" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_with_trained_factors_goes_on_and_is_packed(stories, tmp_path, run_fit) -> None:
+    """The factors move, are in the checkpoint, and come back in a resumed run and in a loaded model."""
+    options = ("--model.config.dim=64", "--model.recipe.scale_per=64", "--model.recipe.learned_scale=true")
+    run_fit(stories, tmp_path / "whole", "--trainer.max_steps=12", *options)
+    run_fit(stories, tmp_path / "run", "--trainer.max_steps=6", *options, "--model.schedule.kind=constant")
+    run_fit(stories, tmp_path / "run", "--trainer.max_steps=12", *options, "--ckpt_path=last")
+    model, _ = load_checkpoint(tmp_path / "whole")
+    factors = torch.cat([layer.factor.flatten() for layer in low_bit_layers(model).values()])
+    assert len(factors) > 100 and 0 < float((factors.detach() - 1).abs().mean()) < 0.5
+    tokens = torch.arange(24).view(2, 12)
+    with torch.inference_mode():
+        assert torch.equal(model(tokens), pack(model)(tokens))
+    assert set(load_checkpoint(tmp_path / "run")[0].state_dict()) == set(model.state_dict())

@@ -18,7 +18,7 @@ from bitnet.layers import Arithmetic, low_bit_layers
 from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
-from bitnet.recipes import Progress, Recipe, no_progress
+from bitnet.recipes import BitNet, Progress, Recipe, no_progress
 from bitnet.training.optim import apply_schedule, build_optimizer, check_installed, check_same_kind, check_shardable
 
 DEFAULT_OPTIM = OptimConfig()
@@ -124,6 +124,7 @@ class LitBitNet(L.LightningModule):
         }
         self._apply_stage(model)
         model.loss_chunk, model.recomputes_blocks = self.loss_chunk, self.activation_checkpointing
+        self._check_scales()
         for layer in low_bit_layers(model).values():
             layer.arithmetic = self.arithmetic
         if self.arithmetic.forward == "int8":
@@ -138,6 +139,16 @@ class LitBitNet(L.LightningModule):
             for block in model.layers:
                 block.compile()
         self.model = model
+
+    def _check_scales(self) -> None:
+        """Refuse what only the plain scale, one absmean for each matrix, can do."""
+        if not isinstance(self.recipe, BitNet) or self.recipe.has_plain_scale:
+            return
+        options = "scale, scale_per, learned_scale and mask_beyond"
+        if self.is_spread:
+            raise UserError(f"model.recipe: {options} do not work with sharded weights yet; use strategy ddp.")
+        if {self.arithmetic.input_gradient, self.arithmetic.weight_gradient} != {"float"}:
+            raise UserError(f"model.arithmetic: {options} of the recipe need float gradients.")
 
     def _check_spread(self) -> None:
         """Refuse what cannot be computed over several processes as in one."""
