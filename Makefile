@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: train test test-slow lint bench clean
+.PHONY: train test test-slow scorecard lint bench clean
 
 $(VENV)/.train: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ train: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+scorecard: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/scorecard -m "slow or not slow" --scorecard docs/scorecard.md
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
