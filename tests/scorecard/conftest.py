@@ -70,8 +70,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         head = [
             "# Scorecard",
             "",
-            "What holds when things go wrong, tried at the numbers below by `make scorecard`; checks marked * are part of the",
-            f"ordinary tests. Commit {commit.stdout.strip()}, {datetime.date.today()}.",
+            "What holds when things go wrong, tried as often as said by `make scorecard`; checks marked * are part of",
+            f"the ordinary tests. Commit {commit.stdout.strip()}, {datetime.date.today()}.",
             "",
             "| check | what holds | tried | held | seconds |",
             "|---|---|---:|---:|---:|",
