@@ -33,6 +33,8 @@ class Row:
     name: str
     method: str
     parameters: int
+    linear_parameters: int
+    """Weights of the linears of the blocks."""
     bits_per_parameter: float
     file_bytes: int
     bits_per_byte: float
@@ -178,6 +180,7 @@ def _row(
         name=name,
         method=method_of(model.recipe or {"name": "BitNet", "weight": "none", "act_bits": "none"}),
         parameters=count_parameters(config).total,
+        linear_parameters=count_parameters(config).linear,
         bits_per_parameter=form.bits_per_parameter,
         file_bytes=form.file.stat().st_size,
         bits_per_byte=score.bits_per_byte,

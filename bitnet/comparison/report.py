@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitnet.comparison.compare import Comparison, Row
 from bitnet.comparison.cost import Cost
+from bitnet.comparison.ladder import describe, plot_ladders
 
 COLUMNS = (
     "model", "method", "bits / parameter", "file", "bits / byte", "95 % interval", "against the first", "perplexity",
@@ -58,6 +59,7 @@ def notes(c: Comparison) -> list[str]:
         "the models take turns, each in a process of its own. Memory is the peak of that process over its imports.",
         "Costs are what run folders say. FLOPs count 2 per weight and forward pass, three times that in training. "
         "A model that starts from another one has cost what its parents have cost, too.",
+        *describe(c.rows),
     ]
 
 
@@ -145,7 +147,7 @@ def as_html(c: Comparison, plots: list[Path]) -> str:
 
 def write_report(c: Comparison, folder: Path) -> None:
     """report.md, report.html, comparison.json and the plots in an existing folder."""
-    plots = plot(c, folder)
+    plots = [*plot(c, folder), *plot_ladders(c.rows, folder)]
     (folder / "report.md").write_text(markdown(c, plots), encoding="utf-8")
     (folder / "report.html").write_text(as_html(c, plots), encoding="utf-8")
     (folder / "comparison.json").write_text(json.dumps(c.as_json(), indent=1) + "\n", encoding="utf-8")
