@@ -1,0 +1,152 @@
+"""Recipes side by side: the same tokens, the same sizes, three seeds, and a float twin that is tuned as hard.
+
+    python benchmarks/arena.py --novels DIR [--rows a,b] [--seeds 3] [--runs DIR] [--test] [--out benchmarks/results]
+
+``DIR`` holds the corpus computationalstylistics/100_english_novels, one .txt.xz for each book. Every run trains on
+twelve of them by ``bitnet fit`` on one thread, in ``--runs``; finished ones are kept. Then every model is packed, proven
+to have the logits it had, and scored as packed on two other books. Choices are made by those; ``--test`` adds the column
+of two more that were named before any run: it is for the end.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnet.checkpoint import load_checkpoint
+from bitnet.data.corpora import Reading
+from bitnet.evaluation.perplexity import evaluate_text
+from bitnet.inference.files import load_packed, save_packed
+from bitnet.inference.packing import pack
+from bitnet.layers import low_bit_layers
+
+ROOT = Path(__file__).parents[1]
+TRAIN = (
+    "Burnett_Lord_1886", "Burnett_Princess_1905", "Stevenson_Treasure_1883", "Stevenson_Arrow_1888",
+    "Kipling_Captains_1896", "Doyle_Lost_1912", "Haggard_Mines_1885", "Chesterton_Innocence_1911",
+    "Chesterton_Thursday_1908", "Doyle_Micah_1889", "Haggard_She_1887", "Braddon_Audley_1862",
+)  # fmt: skip
+VALIDATION = ("Doyle_Hound_1902", "Trollope_Warden_1855")
+TEST = ("Stevenson_Catriona_1893", "Gissing_Women_1893")
+
+FLOAT = {
+    "model.recipe.weight": "none", "model.recipe.act_bits": "none", "model.schedule.weight_decay_until": 1.0,
+}  # fmt: skip
+TIPS = {  # Microsoft's training tips: two-stage rate and decay, AdamW (0.9, 0.95)
+    "model.schedule.kind": "two_stage", "model.schedule.weight_decay_until": 0.5, "model.optim.weight_decay": 0.1,
+}  # fmt: skip
+MUON = {"model.optim.kind": "muon"}
+
+ROWS: dict[str, dict[str, Any]] = {}
+"""Options of ``bitnet fit`` on top of s.yaml, by the name of the row."""
+
+
+def books(folder: Path, names: tuple[str, ...]) -> list[str]:
+    missing = [name for name in names if not (folder / f"{name}.txt.xz").is_file()]
+    if missing:
+        raise SystemExit(f"skipped: {folder} has no {missing[0]}.txt.xz; --novels takes a folder of 100_english_novels")
+    return [str(folder / f"{name}.txt.xz") for name in names]
+
+
+def train(options: dict[str, Any], novels: Path, folder: Path) -> dict[str, Any]:
+    """The summary of a run; one that is finished is not run again, one that was stopped goes on."""
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        given = {
+            "data.path": json.dumps(books(novels, TRAIN)),
+            "data.val_path": json.dumps(books(novels, VALIDATION)),
+            "trainer.default_root_dir": folder,
+            **options,
+        }
+        command = [sys.executable, "train.py", "fit", "--config", str(ROOT / "benchmarks/arena/s.yaml")]
+        command += [f"--{key}={value}" for key, value in given.items()]
+        if (folder / "checkpoints" / "last.ckpt").is_file():
+            command.append("--ckpt_path=last")
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    return dict(json.loads(summary.read_text(encoding="utf-8")))
+
+
+@torch.inference_mode()
+def score(folder: Path, novels: Path, names: tuple[str, ...]) -> dict[str, float]:
+    """Nats per token and bits per byte of the packed model (a float one as it is), which must equal the trained one."""
+    model, tokenizer = load_checkpoint(folder)
+    if low_bit_layers(model):
+        with tempfile.TemporaryDirectory() as scratch:
+            save_packed(pack(model), tokenizer, Path(scratch) / "packed.safetensors")
+            packed, _ = load_packed(Path(scratch) / "packed.safetensors")
+        tokens = torch.randint(model.config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(model(tokens), packed(tokens)), f"{folder}: the packed model has other logits"
+        model = packed
+    nats = tokens_read = text_bytes = 0.0
+    for book in books(novels, names):
+        found = evaluate_text(model, tokenizer, book, Reading()).score
+        nats, tokens_read, text_bytes = nats + found.nats, tokens_read + found.tokens, text_bytes + found.text_bytes
+    return {"nats_per_token": nats / tokens_read, "bits_per_byte": nats / text_bytes / 0.6931471805599453}
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def table(rows: dict[str, Any], with_test: bool) -> str:
+    """Markdown; gaps are to the row ``float``, shares are of the gap of the plain recipe of that kind."""
+    mean = {name: statistics.mean(run["validation"]["nats_per_token"] for run in runs) for name, runs in rows.items()}
+    head = ["recipe", "nats per token", "bits per byte", "gap to float", "of the plain gap", "tokens/s"]
+    head += ["test: bits per byte"] if with_test else []
+    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    for name, runs in rows.items():
+        plain = "plain b1" if "binary" in name or name == "plain b1" else "plain b1.58"
+        gap = mean[name] - mean.get("float", float("nan"))
+        whole = mean.get(plain, float("nan")) - mean.get("float", float("nan"))
+        share = "-" if "float" in name else f"{gap / whole:.0%}"
+        cells = [name, *(spread([r["validation"][k] for r in runs]) for k in ("nats_per_token", "bits_per_byte"))]
+        cells += [f"{gap:+.4f}", share, f"{statistics.mean(r['tokens_per_s'] for r in runs):,.0f}"]
+        cells += [spread([r["test"]["bits_per_byte"] for r in runs])] if with_test else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--novels", type=Path, required=True)
+    parser.add_argument("--rows", help="names with commas between them (default: all)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/arena"))
+    parser.add_argument("--test", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = args.rows.split(",") if args.rows else list(ROWS)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    for seed in range(args.seeds):  # the seeds outside, so that a table of fewer is there early
+        for name in chosen:
+            folder = args.runs / f"{name.replace(' ', '_')}_{seed}"
+            options = {"seed_everything": seed, "data.seed": seed, **ROWS[name]}
+            summary = train(options, args.novels, folder)
+            run = {"seed": seed, "options": {k: str(v) for k, v in options.items()}, "seconds": summary["seconds"]}
+            run["tokens_per_s"] = summary["figures"]["perf/tokens_per_s"]
+            run["validation"] = score(folder, args.novels, VALIDATION)
+            run["test"] = score(folder, args.novels, TEST) if args.test else None
+            found[name].append(run)
+            print(f"{name}, seed {seed}: {run['validation']['nats_per_token']:.4f} nats per token", flush=True)
+    text = table(found, args.test)
+    print(text)
+    if args.out:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        result = {"date": str(datetime.date.today()), "commit": commit.stdout.strip(), "torch": torch.__version__}
+        result |= {"train": TRAIN, "validation": VALIDATION, "test": TEST, "rows": found, "table": text.splitlines()}
+        file = args.out / f"arena_s_cpu_{datetime.date.today()}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
