@@ -3,9 +3,9 @@
     python benchmarks/arena.py --novels DIR [--rows a,b] [--seeds 3] [--runs DIR] [--test] [--out benchmarks/results]
 
 ``DIR`` holds the corpus computationalstylistics/100_english_novels, one .txt.xz for each book. Every run trains on
-twelve of them by ``bitnet fit`` on one thread, in ``--runs``; finished ones are kept. Then every model is packed, proven
-to have the logits it had, and scored as packed on two other books. Choices are made by those; ``--test`` adds the column
-of two more that were named before any run: it is for the end.
+twelve of them by ``bitnet fit`` on one thread, in ``--runs``; finished ones are kept. Then every model is packed,
+proven to have the logits it had, and scored as packed on two other books. Choices are made by those; ``--test`` adds
+the column of two more that were named before any run: it is for the end.
 """
 
 import argparse
