@@ -31,6 +31,7 @@ from bitnet.inference.header import (
 from bitnet.inference.packed_linear import LayerForm, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import LayerForms, packed_skeleton
+from bitnet.input_transforms import TRANSFORMS
 from bitnet.layers import quantized_layers
 from bitnet.model import Transformer
 from bitnet.recipes import POST_TRAINING
@@ -83,8 +84,10 @@ def save_packed(
             )
         if stored != layer.format:
             tensors[f"{name}.packed"] = FORMATS[stored].pack(layer.weight_levels().cpu())
-        form = layer.form._replace(format=stored)
-        forms[name] = list(form if form.scale_per != "matrix" else form[:2])
+        form = list(layer.form._replace(format=stored))
+        while len(form) > 2 and form[-1] == LayerForm("")[len(form) - 1]:
+            form.pop()  # what is as usual need not be said
+        forms[name] = form
     description = {
         **(extras or {}),
         "format_version": FORMAT_VERSION,
@@ -169,7 +172,8 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
 def _is_known(form: LayerForm) -> bool:
     grouped = type(form.scale_per) is int and form.scale_per > 0
     scaled = grouped or form.scale_per in ("matrix", "row")
-    return form.format in FORMATS and form.act_bits in (8, 4, "none") and scaled
+    transformed = form.transform in ("none", *TRANSFORMS)
+    return form.format in FORMATS and form.act_bits in (8, 4, "none") and scaled and transformed
 
 
 def _fill(to: Tensor, chunks: Iterator[bytearray], base3: PackedLinear | None) -> None:

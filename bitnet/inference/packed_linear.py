@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet.input_transforms import TRANSFORMS, TransformName
 from bitnet.layers.bit_linear import ActBits, BitLinear
 from bitnet.layers.integer_products import dequantize
 from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
@@ -28,6 +29,8 @@ class LayerForm(NamedTuple):
     act_bits: ActBits = 8
     scale_per: ScalePer = "matrix"
     """What has a scale of its own: the matrix, each row, or each group of so many inputs."""
+    transform: TransformName = "none"
+    """What happens to the inputs before they are quantized."""
 
 
 class QuantizedRows:
@@ -69,10 +72,11 @@ class PackedLinear(nn.Module):
         format: str,
         act_bits: ActBits = 8,
         scale_per: ScalePer = "matrix",
+        transform: TransformName = "none",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.format, self.act_bits, self.scale_per = format, act_bits, scale_per
+        self.format, self.act_bits, self.scale_per, self.transform = format, act_bits, scale_per, transform
         bytes_of_row = FORMATS[format].row_bytes(in_features)
         self.register_buffer("packed", torch.empty(out_features, bytes_of_row, dtype=torch.uint8))
         groups = 0
@@ -89,14 +93,14 @@ class PackedLinear(nn.Module):
     @property
     def form(self) -> LayerForm:
         """What another layer of this kind is made with."""
-        return LayerForm(self.format, self.act_bits, self.scale_per)
+        return LayerForm(self.format, self.act_bits, self.scale_per, self.transform)
 
     @classmethod
     @torch.no_grad()
     def from_bit_linear(cls, layer: BitLinear) -> "PackedLinear":
         """The served form of a trained layer, with the weights that it has now."""
         format = WEIGHT_QUANTIZERS[layer.weight_kind].format
-        form = LayerForm(format, layer.act_bits, layer.scale_per)
+        form = LayerForm(format, layer.act_bits, layer.scale_per, layer.transform)
         with torch.device("meta"):
             new = cls(layer.in_features, layer.out_features, **form._asdict())
         levels = layer.levels()
@@ -137,7 +141,12 @@ class PackedLinear(nn.Module):
         ).view(*rows.shape, self.out_features)
         return y if self.bias is None else y + self.bias
 
+    def transformed(self, x: Tensor) -> Tensor:
+        """The inputs as they are quantized."""
+        return x if self.transform == "none" else TRANSFORMS[self.transform](x)
+
     def forward(self, x: Tensor) -> Tensor:
+        x = self.transformed(x)
         if self.act_bits == "none":
             w = dequantize(self.weight_levels(), self.inv_scale, self.group_scale)
             return F.linear(x, w.to(x.dtype), self.bias)

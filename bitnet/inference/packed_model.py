@@ -34,7 +34,10 @@ class _Readers:
         if self.joined is None:
             x = x if self.norm is None else self.norm(x)
             return tuple(linear(x) for linear in self.linears)
-        rows = QuantizedRows(x, self.norm, self.joined.act_bits)
+        norm = self.norm
+        if self.joined.transform != "none":
+            x, norm = self.joined.transformed(x if norm is None else norm(x)), None
+        rows = QuantizedRows(x, norm, self.joined.act_bits)
         if rows.q.shape[0] == 1:
             return tuple(self.joined.multiply(rows).split(self.sizes, dim=-1))
         # Contiguous results, as in training: torch's elementwise functions round by the place in a vector.
@@ -93,7 +96,7 @@ class PackedBlock(Block):
             joined, weight = group.joined, getattr(group.norm, "weight", None)
             if joined is None or joined.act_bits != 8 or joined.bias is not None or not joined.packed.is_cpu:
                 return None
-            if joined.inv_scale is None:
+            if joined.inv_scale is None or joined.transform != "none":
                 return None
             if weight is not None and (weight.dtype != torch.float32 or not native.sums_like_torch(weight.numel())):
                 return None

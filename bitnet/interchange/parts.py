@@ -14,7 +14,6 @@ from bitnet.inference.packed_linear import PackedLinear, StoredEmbedding, Stored
 from bitnet.layers import BitLinear, FakeQuantizedLinear, LoRALinear
 from bitnet.layers.bit_linear import ActBits
 from bitnet.model import RMSNorm, Transformer, without_memory
-from bitnet.scale_rules import ScalePer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,10 @@ class Matrix:
         return self.levels.float() / (self.inv_scale * share.clamp(min=1e-9))
 
 
-def _check_one_scale(name: str, per: ScalePer) -> None:
+def _check_exportable(name: str, linear: PackedLinear | BitLinear) -> None:
+    if linear.transform != "none":
+        raise UserError(f"{name} has transform = {linear.transform}; no other program computes that.")
+    per = linear.scale_per
     if per != "matrix":
         what = "row" if per == "row" else f"group of {per} inputs"
         raise UserError(f"{name} has a scale for each {what}; export formats take one for the matrix.")
@@ -56,10 +58,10 @@ def _matrix(name: str, linear: nn.Module) -> Matrix:
     if getattr(linear, "bias", None) is not None:
         raise UserError(f"{name} has a bias; no export format of this model family has room for it.")
     if isinstance(linear, PackedLinear):
-        _check_one_scale(name, linear.scale_per)
+        _check_exportable(name, linear)
         return Matrix(name=name, weight=None, levels=linear.weight_levels(), inv_scale=linear.inv_scale)
     if isinstance(linear, BitLinear) and linear.weight_kind != "none":
-        _check_one_scale(name, linear.scale_per)
+        _check_exportable(name, linear)
         q, inv_scale = linear.quantized_weight()
         return Matrix(name=name, weight=linear.weight.detach(), levels=q, inv_scale=inv_scale.reshape(1))
     if isinstance(linear, FakeQuantizedLinear):

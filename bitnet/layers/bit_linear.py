@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet.input_transforms import TRANSFORMS, TransformName
 from bitnet.layers.integer_products import (
     MAX_EXACT_K,
     Arithmetic,
@@ -59,6 +60,8 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.weight_kind: WeightKind = weight_kind
         self.scale_per: ScalePer = "matrix"
+        self.transform: TransformName = "none"
+        """What happens to the inputs before they are quantized."""
         self.act_bits: ActBits = act_bits
         self.warmup = 1.0
         self._held = False
@@ -146,7 +149,12 @@ class BitLinear(nn.Linear):
         self._levels = None
         return super().train(mode)
 
+    def transformed(self, x: Tensor) -> Tensor:
+        """The inputs as they are quantized."""
+        return x if self.transform == "none" else TRANSFORMS[self.transform](x)
+
     def forward(self, x: Tensor) -> Tensor:
+        x = self.transformed(x)
         blending = self.training and self.warmup < 1.0
         if self.weight_kind == "none" or self.act_bits == "none" or blending:
             return self._float_forward(x, self.warmup if blending else 1.0)

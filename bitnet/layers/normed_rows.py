@@ -46,6 +46,11 @@ def norm_with_rows(x: Tensor, weight: Tensor, eps: float, transposed: bool = Fal
     return y  # type: ignore[no-any-return]
 
 
+def _reads_rows(layer: Any) -> bool:
+    plain = isinstance(layer, BitLinear) and layer.transform == "none"
+    return plain and layer.weight_kind != "none" and layer.act_bits == 8
+
+
 def fuse_norms(blocks: Any) -> int:
     """Let norms that only 8-bit low-bit layers read use ``norm_with_rows`` on a GPU; return how many those are.
 
@@ -54,7 +59,7 @@ def fuse_norms(blocks: Any) -> int:
     fused = 0
     for block in blocks:
         for norm, readers in block.norm_groups():
-            if all(isinstance(r, BitLinear) and r.weight_kind != "none" and r.act_bits == 8 for r in readers):
+            if all(_reads_rows(r) for r in readers):
                 transposed = any(r.arithmetic.weight_gradient != "float" for r in readers)
                 norm.training_kernel = functools.partial(norm_with_rows, transposed=transposed)
                 fused += 1

@@ -89,6 +89,7 @@ class ScaledBitLinear(BitLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_bits == "none" or (self.training and self.warmup < 1.0):
             return super().forward(x)
+        x = self.transformed(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         rows, levels, flat = activation_rows(x, self.act_bits), self.levels(), x.reshape(-1, x.shape[-1])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from bitnet.errors import UserError
+from bitnet.input_transforms import TransformName
 from bitnet.layers import BitLinear, ScaledBitLinear, swap_linears
 from bitnet.layers.bit_linear import ActBits, WeightKind
 from bitnet.recipes.base import Progress, Recipe, no_progress
@@ -43,6 +44,8 @@ class BitNet(Recipe):
     """Multiply every scale by a trained factor."""
     mask_beyond: float | None = None
     """Weights whose magnitude exceeds so many scales get no gradient (QuEST: 1.5); null for the plain estimator."""
+    transform: TransformName = "none"
+    """What happens to the inputs of the ``keep_8bit`` linears: hadamard (BitNet v2), top_half (a4.8), or none."""
     keep_8bit: tuple[str, ...] = ("wo", "w2", "o_proj", "down_proj")
     """Names of the linears whose inputs never go below 8 bits."""
 
@@ -84,10 +87,18 @@ class BitNet(Recipe):
         def bit_linear(name: str, linear: nn.Linear) -> nn.Module:
             act_bits = self.bits_of(name, self.act_bits)
             if self.has_plain_scale:
-                return BitLinear.from_linear(linear, self.weight, act_bits)
-            return ScaledBitLinear.from_float(
-                linear, act_bits, quantizer=self.quantizer, learned=self.learned_scale, gradient_clip=self.mask_beyond
-            )
+                layer = BitLinear.from_linear(linear, self.weight, act_bits)
+            else:
+                layer = ScaledBitLinear.from_float(
+                    linear,
+                    act_bits,
+                    quantizer=self.quantizer,
+                    learned=self.learned_scale,
+                    gradient_clip=self.mask_beyond,
+                )
+            if name.rpartition(".")[2] in self.keep_8bit:
+                layer.transform = self.transform
+            return layer
 
         return swap_linears(model, bit_linear)
 

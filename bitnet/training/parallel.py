@@ -35,6 +35,10 @@ def check_split_layer(name: str, layer: BitLinear) -> None:
     """Refuse what a layer that is cut by inputs cannot compute as a whole one would."""
     if layer.weight_kind == "none" and layer.act_bits == "none":
         return
+    if layer.transform != "none":
+        raise UserError(
+            f"{name}: transform = {layer.transform} needs all inputs of a token; not with tensor parallelism."
+        )
     if layer.act_bits != 8:
         raise UserError(
             f"{name}: act_bits = {layer.act_bits}; under tensor parallelism wo and w2 take 8-bit activations."
