@@ -44,6 +44,9 @@ class BitLinear(nn.Linear):
     Raises ``ValueError`` when in_features exceeds ``MAX_EXACT_K``.
     """
 
+    needs_whole_scale = True
+    """Whether a piece of the weight needs to know the scale of the whole matrix."""
+
     def __init__(
         self,
         in_features: int,

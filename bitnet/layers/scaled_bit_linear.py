@@ -2,6 +2,8 @@
 
 It computes what its packed form computes, bit for bit: exact integer sums, scaled once per row, or group by group in
 ascending order. Its backward goes through the dequantized weight, which takes more memory than the plain layer's.
+
+A process that holds some rows, or whole groups, of a matrix has all that their scales depend on: it asks nobody.
 """
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from bitnet.layers.bit_linear import ActBits, BitLinear
 from bitnet.layers.grouped_product import Served, grouped_product
 from bitnet.layers.integer_products import Levels, activation_rows, dequantize, low_bit_forward
+from bitnet.layers.sharding import AddUp, local_part
 from bitnet.quantizers import straight_through
 from bitnet.scale_rules import FakeWeight, ScaledQuantizer
 from bitnet_kernels import FORMATS
@@ -19,6 +22,7 @@ from bitnet_kernels.cpu.weights import pack_levels
 class ScaledBitLinear(BitLinear):
     """``learned`` adds a trained ``factor`` (R, G), 1 at first, to every scale; ``gradient_clip`` is in steps."""
 
+    needs_whole_scale = False
     factor: nn.Parameter | None
 
     def __init__(
@@ -64,9 +68,9 @@ class ScaledBitLinear(BitLinear):
         return new
 
     def _quantize(self) -> Levels:
-        q, scale, step = self.quantizer(self.weight)
+        q, scale, step = self.quantizer(local_part(self.weight))
         if self.factor is not None:
-            scale = scale * self.factor.detach().float()
+            scale = scale * local_part(self.factor).detach().float()
         self._steps = scale, step
         format = FORMATS[self.quantizer.format]
         packed = pack_levels(q, format.planes)
@@ -75,10 +79,14 @@ class ScaledBitLinear(BitLinear):
         inv_scale = scale.reciprocal().view(()) if scale.numel() == 1 else scale.reciprocal().flatten()
         return Levels(q, inv_scale, packed, format.name)
 
+    def local_levels(self) -> Tensor:
+        return self.quantizer(local_part(self.weight))[0]
+
     def _fake_weight(self, levels: Levels) -> Tensor:
+        factor = None if self.factor is None else local_part(self.factor)
         dense = dequantize(levels.q, levels.inv_scale, levels.group_scale).to(self.weight.dtype)
         w: Tensor = FakeWeight.apply(  # type: ignore[no-untyped-call]
-            self.weight, self.factor, dense, levels.q, *self._steps, self.quantizer, self.gradient_clip
+            local_part(self.weight), factor, dense, levels.q, *self._steps, self.quantizer, self.gradient_clip
         )
         return w
 
@@ -92,7 +100,9 @@ class ScaledBitLinear(BitLinear):
         x = self.transformed(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        rows, levels, flat = activation_rows(x, self.act_bits), self.levels(), x.reshape(-1, x.shape[-1])
+        cut = self.split if self.split is not None and self.split.dim == "inputs" else None
+        rows = activation_rows(x, self.act_bits, cut.largest if cut else None)
+        levels, flat = self.levels(), x.reshape(-1, x.shape[-1])
         if levels.group_scale is None:
             y = low_bit_forward(rows, levels, False, None)
         else:
@@ -100,5 +110,7 @@ class ScaledBitLinear(BitLinear):
         if torch.is_grad_enabled():
             seen = straight_through((rows.q / rows.inv_scale).to(dtype), flat)
             y = Served.apply(seen, self._fake_weight(levels), y)  # type: ignore[no-untyped-call]
+        if cut is not None:
+            y = AddUp.apply(y, cut)  # type: ignore[no-untyped-call]
         y = y.to(dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias

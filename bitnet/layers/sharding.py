@@ -67,7 +67,7 @@ def share_scales(layers: Iterable[Any], group: Any = None) -> None:
     Every process of ``group`` (all, if not given) holds another piece of each matrix. To be called after each optimizer
     step, and before a forward that follows one.
     """
-    layers = list(layers)
+    layers = [layer for layer in layers if layer.needs_whole_scale]
     if not layers:
         return
     pieces = [WEIGHT_QUANTIZERS[layer.weight_kind].statistics(local_part(layer.weight.detach())) for layer in layers]
@@ -107,7 +107,7 @@ def gather_levels(layers: Iterable[Any]) -> None:
     """
     for layer in layers:
         piece = layer.weight._local_tensor
-        if hasattr(piece, "fsdp_pre_all_gather"):
+        if hasattr(piece, "fsdp_pre_all_gather") or not layer.needs_whole_scale:
             continue
         mesh, placements = layer.weight.device_mesh, layer.weight.placements
         rows = layer.weight.shape[0]

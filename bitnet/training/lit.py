@@ -145,8 +145,8 @@ class LitBitNet(L.LightningModule):
         if not isinstance(self.recipe, BitNet) or self.recipe.has_plain_scale:
             return
         options = "scale, scale_per, learned_scale and mask_beyond"
-        if self.is_spread:
-            raise UserError(f"model.recipe: {options} do not work with sharded weights yet; use strategy ddp.")
+        if self.is_spread and self.recipe.scale_per == "matrix":
+            raise UserError(f"model.recipe: {options} with sharded weights need scale_per = row, or a group of inputs.")
         if {self.arithmetic.input_gradient, self.arithmetic.weight_gradient} != {"float"}:
             raise UserError(f"model.arithmetic: {options} of the recipe need float gradients.")
 

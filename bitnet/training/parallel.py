@@ -45,9 +45,19 @@ def check_split_layer(name: str, layer: BitLinear) -> None:
         )
 
 
+def check_groups(name: str, layer: BitLinear, inputs: int) -> None:
+    """Refuse scales that a process which holds ``inputs`` inputs of some rows cannot find by itself."""
+    if not layer.needs_whole_scale and (not isinstance(layer.scale_per, int) or inputs % layer.scale_per):
+        raise UserError(
+            f"{name}: scale_per = {layer.scale_per}; tensor parallelism takes groups that divide the {inputs} inputs "
+            "of a device, or scale = absmean of the matrix without learned_scale and mask_beyond."
+        )
+
+
 def _cut(layer: BitLinear, mesh: DeviceMesh, dim: Any) -> None:
     placement = Shard(0) if dim == "outputs" else Shard(1)
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [placement]))
+    for name, parameter in layer.named_parameters(recurse=False):
+        setattr(layer, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement])))
     layer.split = Split(dim, mesh.get_group())
 
 
@@ -83,9 +93,11 @@ def cut_tensors(model: Transformer, mesh: DeviceMesh) -> None:
     for number, block in enumerate(blocks):
         attention, feed_forward = block.attention, block.feed_forward
         for layer in (attention.wq, attention.wk, attention.wv, feed_forward.w1, feed_forward.w3):
+            check_groups(f"layers.{number}", layer, layer.in_features)
             _cut(layer, mesh, "outputs")
         for name, layer in (("attention.wo", attention.wo), ("feed_forward.w2", feed_forward.w2)):
             check_split_layer(f"layers.{number}.{name}", layer)
+            check_groups(f"layers.{number}.{name}", layer, layer.in_features // devices)
             _cut(layer, mesh, "inputs")
         attention.n_heads //= devices
         attention.n_kv_heads //= devices

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from bitnet import BitNet, ModelConfig, Transformer
 from bitnet.layers import low_bit_layers
+from bitnet.layers.sharding import local_part
 from bitnet.loss import next_token_loss
 from bitnet.training.parallel import refresh, shard_model
 
@@ -29,6 +30,9 @@ def new_model(kind: str, ffn: int) -> Transformer:
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=ffn, max_seq_len=32)
     model = Transformer(config)
+    if kind == "grouped":
+        BitNet(weight="binary", scale="rms", scale_per=32, learned_scale=True, mask_beyond=2.0).prepare(model)
+        return model
     BitNet(weight=kind, act_bits=8 if kind != "none" else "none").prepare(model)
     return model
 
@@ -79,6 +83,13 @@ def counting_gathers() -> Iterator[list[int]]:
         setattr(dist, name, original)
 
 
+def scale_of(layer: Any, spread: bool) -> Tensor:
+    """The scale that a layer uses, of the whole matrix."""
+    if spread and not layer.needs_whole_scale:
+        return whole(layer.quantizer(local_part(layer.weight))[1].reciprocal(), layer.factor)
+    return (layer.shared_scale if spread else layer.levels()).inv_scale
+
+
 def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
     world = dist.get_world_size()
     groups = {"tp": world, "tp2": 2}.get(layout, 1)
@@ -101,7 +112,7 @@ def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
             for name, layer in low_bit_layers(model).items():
                 here = layer.local_levels() if spread else layer.quantized_weight()[0]
                 result["levels"][name] = whole(here, layer.weight)
-                result["scales"][name] = (layer.shared_scale if spread else layer.levels()).inv_scale
+                result["scales"][name] = scale_of(layer, spread)
                 result["packed"] += layer.weight_holds_levels
         with counting_gathers() as gathered:
             loss = next_token_loss(trained, rows_of(batch, part, parts))

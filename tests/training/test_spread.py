@@ -24,6 +24,8 @@ TWO = (
     "ternary:fsdp:latent:64",
     "ternary:tp:-:64",
     "binary:fsdp:levels:64",
+    "grouped:fsdp:levels:64",  # scales of groups of inputs: found by whoever holds the group
+    "grouped:tp:-:64",
 )
 FOUR = (
     "ternary:ddp:-:64",
@@ -35,6 +37,7 @@ FOUR = (
     "ternary:tp2:latent:64",
     "binary:tp2:levels:64",
     "none:tp2:latent:64",
+    "grouped:tp2:levels:64",
 )
 CASES = [*((2, mode) for mode in TWO), *((4, mode) for mode in FOUR)]
 
@@ -123,7 +126,7 @@ def test_scales_and_levels_are_equal_and_the_first_step_agrees(found, processes,
         assert float(error) < 0.02, name  # one int8 activation rounded the other way moves a gradient by per cents
 
 
-@pytest.mark.parametrize("kind", ["ternary", "binary", "none"])
+@pytest.mark.parametrize("kind", ["ternary", "binary", "none", "grouped"])
 def test_curves_stay_within_the_spread_of_reordered_sums(found, kind) -> None:
     one = torch.tensor(alone(kind, 64)["losses"])
     variants = [alone(kind, 64, parts, seed) for parts, seed in ((2, None), (4, None), (1, 1), (1, 2), (2, 3), (1, 4))]
