@@ -11,7 +11,9 @@ the column of two more that were named before any run: it is for the end.
 import argparse
 import datetime
 import json
+import lzma
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,16 +39,26 @@ TRAIN = (
 VALIDATION = ("Doyle_Hound_1902", "Trollope_Warden_1855")
 TEST = ("Stevenson_Catriona_1893", "Gissing_Women_1893")
 
-FLOAT = {
-    "model.recipe.weight": "none", "model.recipe.act_bits": "none", "model.schedule.weight_decay_until": 1.0,
-}  # fmt: skip
-TIPS = {  # Microsoft's training tips: two-stage rate and decay, AdamW (0.9, 0.95)
+FLOAT = {"model.recipe.weight": "none", "model.recipe.act_bits": "none", "model.schedule.weight_decay_until": 1.0}
+PLAIN = {  # Microsoft's training tips; AdamW's rate is the best of 4e-3, 8e-3, 1.6e-2 (600 steps)
     "model.schedule.kind": "two_stage", "model.schedule.weight_decay_until": 0.5, "model.optim.weight_decay": 0.1,
+    "model.optim.betas": "[0.9, 0.95]", "model.optim.lr": 8e-3,
 }  # fmt: skip
-MUON = {"model.optim.kind": "muon"}
+MUON = {"model.optim.kind": "muon", "model.optim.lr": 4e-3, "model.optim.matrix_lr": 1.6e-2}
+BINARY = {"model.recipe.weight": "binary"}
 
-ROWS: dict[str, dict[str, Any]] = {}
+ROWS: dict[str, dict[str, Any]] = {
+    "float": {**FLOAT, **MUON},
+    "plain b1.58": PLAIN,
+    "our ternary": MUON,
+    "plain b1": {**PLAIN, **BINARY},
+    "our binary": {**MUON, **BINARY},
+    "float with AdamW": {**FLOAT, "model.optim.lr": 4e-3},
+}
 """Options of ``bitnet fit`` on top of s.yaml, by the name of the row."""
+
+LADDER = ("float", "our ternary", "our binary")
+WIDTHS = (64, 96, 128, 192)
 
 
 def books(folder: Path, names: tuple[str, ...]) -> list[str]:
@@ -115,6 +127,29 @@ def table(rows: dict[str, Any], with_test: bool) -> str:
     return "\n".join(lines)
 
 
+def ladder(novels: Path, runs: Path, out: Path | None) -> None:
+    """The rows of ``LADDER`` at four widths, compared as they are stored on the validation books."""
+    folders = []
+    for name in LADDER:
+        for width in WIDTHS:
+            folder = runs / f"{name.replace(' ', '_')}_dim{width}"
+            sizes = {"dim": width, "n_heads": width // 32, "ffn_dim": 3 * width}
+            options = {**ROWS[name], **{f"model.config.{key}": value for key, value in sizes.items()}}
+            train({"seed_everything": 0, **options}, novels, folder)
+            folders.append(str(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "validation.txt"
+        parts = [lzma.open(book, "rt", encoding="utf-8-sig").read() for book in books(novels, VALIDATION)]
+        text.write_text("\n".join(parts), encoding="utf-8")
+        report = Path(scratch) / "report"
+        command = [sys.executable, "-m", "bitnet", "compare", *folders, "--data.path", str(text), "--threads", "1"]
+        subprocess.run([*command, "--out", str(report)], cwd=ROOT, check=True)
+        if out:
+            shutil.copyfile(report / "comparison.json", out / f"ladder_s_cpu_{datetime.date.today()}.json")
+            shutil.copyfile(report / "ladder.svg", ROOT / "docs/images/ladder_s.svg")
+        print((report / "report.md").read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--novels", type=Path, required=True)
@@ -122,9 +157,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/arena"))
     parser.add_argument("--test", action="store_true")
+    parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.ladder:
+        ladder(args.novels, args.runs, args.out)
+        return
     chosen = args.rows.split(",") if args.rows else list(ROWS)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for seed in range(args.seeds):  # the seeds outside, so that a table of fewer is there early
