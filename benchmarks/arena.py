@@ -139,7 +139,7 @@ def ladder(novels: Path, runs: Path, out: Path | None) -> None:
             folders.append(str(folder))
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "validation.txt"
-        parts = [lzma.open(book, "rt", encoding="utf-8-sig").read() for book in books(novels, VALIDATION)]
+        parts = [lzma.decompress(Path(book).read_bytes()).decode("utf-8-sig") for book in books(novels, VALIDATION)]
         text.write_text("\n".join(parts), encoding="utf-8")
         report = Path(scratch) / "report"
         command = [sys.executable, "-m", "bitnet", "compare", *folders, "--data.path", str(text), "--threads", "1"]
