@@ -46,13 +46,14 @@ PLAIN = {  # Microsoft's training tips; AdamW's rate is the best of 4e-3, 8e-3, 
 }  # fmt: skip
 MUON = {"model.optim.kind": "muon", "model.optim.lr": 4e-3, "model.optim.matrix_lr": 1.6e-2}
 BINARY = {"model.recipe.weight": "binary"}
+LATE = {"model.recipe.quantize_from": 0.4}
 
 ROWS: dict[str, dict[str, Any]] = {
     "float": {**FLOAT, **MUON},
     "plain b1.58": PLAIN,
-    "our ternary": MUON,
+    "our ternary": {**MUON, **LATE},
     "plain b1": {**PLAIN, **BINARY},
-    "our binary": {**MUON, **BINARY},
+    "our binary": {**MUON, **LATE, **BINARY},
     "float with AdamW": {**FLOAT, "model.optim.lr": 4e-3},
 }
 """Options of ``bitnet fit`` on top of s.yaml, by the name of the row."""
