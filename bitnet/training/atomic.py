@@ -29,10 +29,13 @@ def write_atomically(content: Any, path: Path, previous: Path | None = None) -> 
         if previous is not None and path.is_file():
             _name_also(path, previous)
         os.replace(partial, path)
-    except OSError as error:
-        what = "the disk is full" if error.errno in DISK_FULL else "it cannot be written"
+    except (OSError, RuntimeError) as error:
+        why = error if isinstance(error, OSError) else error.__context__  # torch trips over what the system said
+        if not isinstance(why, OSError):
+            raise
+        what = "the disk is full" if why.errno in DISK_FULL else "it cannot be written"
         left = "the one from before is intact" if path.is_file() else "none has been saved yet"
-        raise UserError(f"{path}: {what} ({error.strerror}); {left}.") from error
+        raise UserError(f"{path}: {what} ({why.strerror}); {left}.") from error
     finally:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

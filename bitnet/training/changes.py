@@ -15,13 +15,14 @@ Plain = dict[str, Any]
 
 WITHOUT_EFFECT = (
     *("ckpt_path", "overwrite", "seed_everything", "model.init_from", "model.calibration_rows"),
+    "model.optim.kind",
     *("data.path", "data.val_path", "data.val_batch_size", "data.workers", "data.cache_dir", "data.tokenizer"),
     *("trainer.default_root_dir", "trainer.logger", "trainer.callbacks", "trainer.profiler", "trainer.log_every_n"),
     *("trainer.enable_", "trainer.val_check", "trainer.limit_val", "trainer.limit_test", "trainer.limit_predict"),
     *("trainer.num_sanity", "trainer.check_val", "trainer.model_registry", "trainer.max_time", "trainer.fast_dev_run"),
 )
 """Beginnings of the names of settings that change no step behind a checkpoint, or are looked at by other means: text
-and tokenizer by their content, random numbers because their state is restored."""
+and tokenizer by their content, the optimizer by its state, random numbers because their state is restored."""
 
 DECIDES_THE_MODEL = ("model.recipe.class_path", "model.recipe.init_args.weight")
 """Another value makes another model, for which ``model.init_from`` begins a new run."""

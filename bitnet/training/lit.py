@@ -250,15 +250,14 @@ class LitBitNet(L.LightningModule):
 
         Clipping finds the norm anyway, so whoever wants to know it reads it here; it stays on the device.
         """
-        if gradient_clip_val and gradient_clip_algorithm != "value":
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-            if gradient_clip_val:
-                torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights
         if self.device.type == "cpu" and not self.grad_norm.isfinite():  # on a GPU, asking would wait for it
             self._drop_gradients()
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def _drop_gradients(self) -> None:
         """A weight without a gradient is not updated; ``Watch`` ends the run behind this step."""

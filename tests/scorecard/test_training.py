@@ -65,6 +65,7 @@ def killed_twenty_times(texts: Path, folder: Path, options: tuple[str, ...], log
     return halves
 
 
+@pytest.mark.slow
 @pytest.mark.check(
     "R1", "a run killed 20 times at random moments, half of them inside a save, ends with the same bits", 46
 )

@@ -14,6 +14,7 @@ import torch
 from bitnet.checkpoint import read_checkpoint, weights_digest
 from bitnet.training.cli import main as fit
 from bitnet.training.lit import LitBitNet
+from bitnet.training.watch import Watch
 
 from ..conftest import story_text, tiny_options
 from ..runs import run_digest, start_life
@@ -82,21 +83,19 @@ def poison(
 def test_what_is_not_finite_stops_the_run(texts, tmp_path, monkeypatch, capsys, tally) -> None:
     chance = random.Random(0)
     after: list[str] = []
-    exception = LitBitNet.on_exception if hasattr(LitBitNet, "on_exception") else None
-    assert exception is None
     for trial in range(20):
         kind, value = ("loss", "gradient", "activation", "weight")[trial % 4], (NAN, INF, -INF)[trial % 3]
         step, run = chance.randint(2, 12), tmp_path / str(trial)
         after.clear()
         with monkeypatch.context() as patched:
             names, before = poison(kind, value, step, chance, patched)
-            original = LitBitNet.on_train_batch_end
+            judge = Watch._judge
 
-            def on_train_batch_end(self: LitBitNet, *args: Any, original: Any = original) -> None:
-                after.append(weights_digest(self.transformer.state_dict()))
-                original(self, *args)
+            def _judge(self: Watch, trainer: Any, step: Any, judge: Any = judge) -> None:
+                after.append(weights_digest(trainer.lightning_module.transformer.state_dict()))
+                judge(self, trainer, step)
 
-            patched.setattr(LitBitNet, "on_train_batch_end", on_train_batch_end)
+            patched.setattr(Watch, "_judge", _judge)
             capsys.readouterr()
             code = fit(tiny_options(texts, run))
         line, content = one_line(capsys.readouterr().err), read_checkpoint(run)
@@ -208,7 +207,11 @@ def test_changed_settings(texts, tmp_path, run_fit, capsys, tally) -> None:
     threads = torch.get_num_threads()
     for option, (kind, says) in {**CHANGED, "threads": ("warning", "threads = 2, but 1"), "": ("nothing", "")}.items():
         shutil.copytree(kept, folder)
-        options = [option.replace("OTHER", str(tmp_path / "other.txt")), tokenizer] if "OTHER" in option else [option]
+        options = (
+            [option.replace("OTHER", str(tmp_path / "other.txt")), tokenizer]
+            if "data.path" in option or "seed" in option
+            else [option]
+        )
         if option == "threads":
             options = []
             torch.set_num_threads(2)
@@ -255,9 +258,8 @@ DAMAGES: dict[str, Damage] = {
 )
 def test_damaged_checkpoints(texts, tmp_path, run_fit, capsys, tally) -> None:
     folder, kept = tmp_path / "run", tmp_path / "kept"
-    run_fit(texts, folder, "--trainer.max_steps=6")
+    run_fit(texts, folder, "--trainer.max_steps=8")
     folder.rename(kept)
-    run_fit(texts, tmp_path / "whole", "--trainer.max_steps=8")
     chance = random.Random(0)
     for name, damage in DAMAGES.items():
         shutil.copytree(kept, folder)
@@ -268,7 +270,7 @@ def test_damaged_checkpoints(texts, tmp_path, run_fit, capsys, tally) -> None:
         code, said = fit(arguments), capsys.readouterr().err
         named = f"{last} is damaged (" in said and f"going on from {previous}." in said
         tally(code == 0 and named and said.count("is damaged") == 1, f"{name}: {code}, {said}")
-        tally(run_digest(folder) == run_digest(tmp_path / "whole"), f"{name}: other bits")
+        tally(run_digest(folder) == run_digest(kept), f"{name}: other bits")
         for file in (last, previous):
             file.write_bytes(damage(bytearray(file.read_bytes()), chance))
         code, said = fit(arguments), one_line(capsys.readouterr().err)
