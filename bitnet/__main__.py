@@ -11,7 +11,7 @@ from typing import Any
 
 from bitnet.commands import compare, exchange, look, measure, quantize, replay, serve
 from bitnet.commands.parser import OneLineArgumentParser, adder
-from bitnet.errors import UserError, did_you_mean
+from bitnet.errors import UserError, did_you_mean, of_the_machine
 
 
 def fit(args: list[str]) -> int:
@@ -70,10 +70,11 @@ def main(args: list[str] | None = None) -> int:
     try:
         known = parse(args)
         known.run(known)
-    except UserError as error:
-        if "--debug" in args:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        said = error if isinstance(error, UserError) else of_the_machine(error)
+        if "--debug" in args or said is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         return 2
     return 0
 

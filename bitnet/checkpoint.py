@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +90,34 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
     return file
 
 
+def damage(file: Path) -> str:
+    """What is wrong with the bytes of a checkpoint file, or an empty string.
+
+    ``torch.save`` writes a zip file, which has a checksum of every entry: tensors, and the pickle that names them.
+    ``torch.load`` does not look at the checksums, but they find every changed bit, and 2^-32 of larger damage passes.
+    What lies outside of the entries cannot change a value: ``torch.load`` finds its way, or fails.
+    """
+    try:
+        with zipfile.ZipFile(file) as entries:
+            if bad := entries.testzip():
+                return f"the checksum of {bad} is wrong"
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return ""
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint on the CPU; of a sharded one all but the optimizer.
 
     Raises ``UserError`` when it is damaged or not one of ours.
     """
     file = find_checkpoint(path)
+    sharded = is_sharded(file)
+    if not sharded and (why := damage(file)):
+        raise UserError(f"{file}: not a readable checkpoint ({why}).")
     try:
-        content = read_sharded(file) if is_sharded(file) else torch.load(file, map_location="cpu", weights_only=True)
+        content = read_sharded(file) if sharded else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{file}: not a readable checkpoint ({reason[:120]}).") from error
@@ -139,8 +160,9 @@ def check_fits(description: dict[str, Any], config: ModelConfig, tokenizer_json:
         if field.name not in FREE_TO_CHANGE and getattr(old, field.name) != getattr(config, field.name)
     ]
     if _same_tokens(description["tokenizer"]) != _same_tokens(tokenizer_json):
+        there, here = (_name_of_tokens(text) for text in (description["tokenizer"], tokenizer_json))
         raise UserError(
-            f"{where}: trained with another tokenizer; use the same data, "
+            f"{where}: trained with another tokenizer ({there} there, {here} here); use the same data, "
             "or set data.tokenizer to that run's tokenizer.json."
         )
     if differing:
@@ -151,6 +173,13 @@ def _same_tokens(tokenizer_json: str) -> dict[str, Any]:
     """What decides the ids of a text; tokens that are put around it are left out, since training adds none."""
     content: dict[str, Any] = json.loads(tokenizer_json)
     return {key: value for key, value in content.items() if key not in ("post_processor", "truncation", "padding")}
+
+
+def _name_of_tokens(tokenizer_json: str) -> str:
+    """Size and digest of a tokenizer, for messages."""
+    content = _same_tokens(tokenizer_json)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{len(content.get('model', {}).get('vocab', ()))} tokens, sha256 {digest[:12]}"
 
 
 def model_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:

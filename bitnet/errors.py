@@ -5,6 +5,7 @@ Its text therefore names the file or field, the value found there, and what to d
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -14,6 +15,24 @@ class UserError(ValueError):
 
 class SaidByFirstProcess(UserError):
     """The error that the first process of a run prints for all of them; the others only end."""
+
+
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+"""What the system answers when a file may not grow: no space, a limit on the size of files, a quota."""
+
+
+def of_the_machine(error: BaseException) -> UserError | None:
+    """Memory or disk that has run out, as an error that the user can mend; None for any other error."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator: " in text:
+        return UserError(
+            f"out of memory ({' '.join(text.split())[-120:]}); lower data.batch_size or model.config.*, "
+            "or see 'bitnet inspect CONFIG' and docs/training.md for what takes less."
+        )
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return UserError(f"{where}the disk is full ({error.strerror}).")
+    return None
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

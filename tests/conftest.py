@@ -54,6 +54,15 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three text files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(3):
+        (folder / f"part{i}.txt").write_text(story_text(20, seed=i), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def tiny_config() -> ModelConfig:
     return ModelConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)

@@ -107,7 +107,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bitnet.training.atomic.torch.save", full)
-    with pytest.raises(UserError, match=r"No space left on device.*previous one is intact"):
+    with pytest.raises(UserError, match=r"No space left on device.*the one from before is intact"):
         write_atomically({"a": torch.zeros(3)}, file)
     monkeypatch.undo()
     assert torch.load(file, weights_only=True)["a"].tolist() == [1, 1, 1]

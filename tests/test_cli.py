@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from bitnet.__main__ import main as bitnet
@@ -153,7 +154,7 @@ def test_overwrite_spares_folders_that_are_no_runs(tmp_path) -> None:
 def test_last_is_the_newest_of_the_family_and_files_name_their_run(tmp_path) -> None:
     for name in ("run", "run-2", "run-10", "run-x"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+        torch.save({}, tmp_path / name / "checkpoints" / "last.ckpt")
     (tmp_path / "run-11").mkdir()
     assert find_run(tmp_path / "run", "last")[0].name == "run-10"
     assert find_run(tmp_path / "run", str(tmp_path / "run-2"))[0].name == "run-2"
@@ -163,7 +164,7 @@ def test_last_is_the_newest_of_the_family_and_files_name_their_run(tmp_path) -> 
 def test_run_folder_is_complete_and_its_config_can_be_used_again(finished_run, stories, tmp_path) -> None:
     names = {p.name for p in finished_run.iterdir()}
     assert {"config.yaml", "tokenizer.json", "checkpoints", "loss.png", "weights.png", "summary.json"} <= names
-    assert {p.name for p in (finished_run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert {p.name for p in (finished_run / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert (
         fit(["fit", "--config", str(finished_run / "config.yaml"), f"--trainer.default_root_dir={tmp_path / 'again'}"])
         == 0

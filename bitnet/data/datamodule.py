@@ -1,7 +1,6 @@
 """``TokenDataModule``: point it at text; it gives a Lightning trainer batches, and a run its tokenizer."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -265,10 +264,6 @@ class TokenDataModule(L.LightningDataModule):
         """What a model that was taught to answer has to remember; empty for one that was not."""
         template = self.reading.chat_template
         return {"chat_template": template} if template else {}
-
-    def save_tokenizer(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.tokens.folder / "tokenizer.json", folder / "tokenizer.json")
 
 
 def _check(

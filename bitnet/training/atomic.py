@@ -1,5 +1,6 @@
 """Checkpoints that exist whole or not at all: temporary file in the same folder, fsync, rename, fsync of the folder."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,17 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from bitnet.errors import UserError
+from bitnet.errors import DISK_FULL, UserError
 
 PARTIAL_SUFFIX = ".partial"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
-def write_atomically(content: Any, path: Path) -> None:
-    """``torch.save`` to ``path``; whatever stops the process, ``path`` holds the old content or the new one."""
+def write_atomically(content: Any, path: Path, previous: Path | None = None) -> None:
+    """``torch.save`` to ``path``; whatever stops the process, ``path`` holds the old content or the new one.
+
+    The old content gets the name ``previous``, where there is one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
@@ -21,12 +26,18 @@ def write_atomically(content: Any, path: Path) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            _name_also(path, previous)
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        why = error if isinstance(error, OSError) else error.__context__  # torch trips over what the system said
+        if not isinstance(why, OSError):
+            raise
+        what = "the disk is full" if why.errno in DISK_FULL else "it cannot be written"
+        left = "the one from before is intact" if path.is_file() else "none has been saved yet"
+        raise UserError(f"{path}: {what} ({why.strerror}); {left}.") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: the checkpoint cannot be written ({error.strerror}); the previous one is intact."
-        ) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -34,19 +45,51 @@ def write_atomically(content: Any, path: Path) -> None:
         os.close(folder)
 
 
+def write_text_atomically(text: str, path: Path) -> None:
+    """A small file that is replaced as a whole, or not at all on a disk that is full."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _name_also(path: Path, other: Path) -> None:
+    """Let ``other`` be a second name of the file at ``path``, in place of what it named before.
+
+    ``path`` itself goes on existing. Where the file system knows no second names it is moved, and until the new file
+    takes its place ``other`` is the only one.
+    """
+    link = other.with_name(f".{other.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:
+        os.replace(path, other)
+        return
+    os.replace(link, other)
+    link.unlink(missing_ok=True)  # renaming one name of a file to another of the same file does nothing
+
+
 def remove_partial_files(folder: Path) -> list[Path]:
     """Delete what an interrupted save left behind; call it while nothing else writes there."""
     stale = sorted(folder.glob(f".*{PARTIAL_SUFFIX}"))
     for file in stale:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
     return stale
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written by ``write_atomically`` and read with ``weights_only=True``."""
+    """Lightning's checkpoint files, written by ``write_atomically`` and read with ``weights_only=True``.
+
+    The newest but one is kept as ``previous.ckpt``, for the day on which the newest turns out to be damaged.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_atomically(checkpoint, Path(path))
+        path = Path(path)
+        write_atomically(checkpoint, path, path.with_name(PREVIOUS) if path.name == LAST else None)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)

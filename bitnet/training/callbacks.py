@@ -19,6 +19,8 @@ from bitnet.data.tokens import UNSAID
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
 from bitnet.layers.sharding import share_scales
+from bitnet.training.atomic import LAST
+from bitnet.training.interruption import Interruption
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import RunProgress
 from bitnet.training.random_state import random_state, set_random_state
@@ -193,7 +195,7 @@ class SampleText(Callback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``checkpoints/last.ckpt`` every ``every_n_train_steps`` and at the end of the run."""
+    """``checkpoints/last.ckpt`` every ``every_n_train_steps``, at the end of the run, and when somebody ends it."""
 
     def __init__(self, every_n_train_steps: int = 100) -> None:
         super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
@@ -211,8 +213,13 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save now, unless this step has been saved; not to be called inside a window of accumulation."""
         if self._last_global_step_saved != trainer.global_step:
-            trainer.save_checkpoint(Path(self.dirpath or ".") / "last.ckpt")
+            trainer.save_checkpoint(Path(self.dirpath or ".") / LAST)
+            self._last_global_step_saved = trainer.global_step
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -230,6 +237,7 @@ def default_callbacks() -> list[Callback]:
     return [
         RandomState(),
         Watch(),
+        Interruption(),
         RunProgress(),
         TrainingMetrics(),
         QuantMetrics(),

@@ -27,12 +27,14 @@ with triton_unseen_without_gpu():
 from bitnet.checkpoint import build, check_fits, find_checkpoint, read_checkpoint
 from bitnet.config import ModelConfig, OptimConfig
 from bitnet.data.datamodule import TokenDataModule
-from bitnet.errors import SaidByFirstProcess, UserError
+from bitnet.errors import SaidByFirstProcess, UserError, of_the_machine
 from bitnet.parse_errors import explain
 from bitnet.progress import PreparationProgress
 from bitnet.recipes import RECIPES, BitNet, Recipe
-from bitnet.training.atomic import AtomicCheckpointIO, remove_partial_files
+from bitnet.training.atomic import LAST, PREVIOUS, AtomicCheckpointIO, remove_partial_files, write_text_atomically
 from bitnet.training.callbacks import LastCheckpoint, RandomState, default_callbacks
+from bitnet.training.changes import changes, record_of
+from bitnet.training.interruption import Interrupted, ended_by_signals
 from bitnet.training.lit import LitBitNet
 from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
 from bitnet.training.shipped import find_config
@@ -129,6 +131,9 @@ class FitCLI(LightningCLI):
         model_config = replace(self.model.config, vocab_size=store.vocab_size)
         for where, content in contents.items():
             check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), where)
+        self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
+        if self.ckpt_path is not None:
+            self._check_record(contents[f"--ckpt_path {self.ckpt_path}"]["bitnet"].get("record"))
         if self.ckpt_path is None and is_first_process():
             self.run_folder = new_run_folder(self.run_folder, config.overwrite)
         kwargs["default_root_dir"] = str(self.run_folder)
@@ -150,6 +155,20 @@ class FitCLI(LightningCLI):
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RandomState))
         return trainer
 
+    def _check_record(self, old: dict[str, Any] | None) -> None:
+        """Name every setting that is not what it was when the checkpoint was saved."""
+        lines = changes(old, self.model.record) if old else []  # older checkpoints say nothing
+        for line in lines:
+            if is_first_process():
+                print(f"warning: {line}.", file=sys.stderr)
+
+    def _plain_config(self) -> dict[str, Any]:
+        """What was set, as nested plain values."""
+        saved: dict[str, Any] = yaml.safe_load(self._saved_config)
+        saved = saved.get("fit", saved)
+        saved.pop("config", None)
+        return saved
+
     def _adopt(self, parent: dict[str, Any]) -> None:
         """Take sizes and tokenizer from the model that the recipe starts from, so that nobody has to repeat them."""
         self.model.check_is_float(parent, self.model.init_from)
@@ -167,22 +186,25 @@ class FitCLI(LightningCLI):
         if self.ckpt_path is None and not is_free(self.run_folder):
             shutil.rmtree(self.run_folder)  # --overwrite, and nothing is wrong with the new run
         self.run_folder.mkdir(parents=True, exist_ok=True)
-        for folder in ("checkpoints", "incidents"):
-            remove_partial_files(self.run_folder / folder)
+        checkpoints = self.run_folder / "checkpoints"
+        for folder in (self.run_folder, checkpoints, self.run_folder / "incidents"):
+            remove_partial_files(folder)
+        if self.ckpt_path == checkpoints / PREVIOUS and (checkpoints / LAST).is_file():
+            # What is damaged must not become the previous one with the next save.
+            os.replace(checkpoints / LAST, checkpoints / "damaged.ckpt")
         self._write_config()
-        self.datamodule.save_tokenizer(self.run_folder)
+        tokenizer = self.datamodule.tokens.folder / "tokenizer.json"
+        write_text_atomically(tokenizer.read_text(encoding="utf-8"), self.run_folder / "tokenizer.json")
 
     def _write_config(self) -> None:
-        saved = yaml.safe_load(self._saved_config)
-        saved = saved.get("fit", saved)
-        saved.pop("config", None)
+        saved = self._plain_config()
         saved["ckpt_path"] = None
         saved["overwrite"] = False
         saved["trainer"]["default_root_dir"] = str(self.run_folder)
         if self.model.recipe.needs_parent:
             saved["model"]["config"] = asdict(self.model.config)
             saved["data"]["tokenizer"] = self.datamodule.tokenizer_path
-        (self.run_folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+        write_text_atomically(yaml.safe_dump(saved, sort_keys=False), self.run_folder / "config.yaml")
 
 
 def quiet() -> None:
@@ -268,9 +290,15 @@ def main(args: list[str] | None = None) -> int:
     if not args:
         args = ["fit", "--config", DEFAULT_CONFIG]
     try:
-        make_cli(_resolve_configs(args))
-    except UserError as error:
-        if debug:
+        with ended_by_signals():
+            make_cli(_resolve_configs(args))
+    except Interrupted as end:
+        if is_first_process():
+            print(end, file=sys.stderr)
+        return end.exit_code
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        known = error if isinstance(error, UserError) else of_the_machine(error)
+        if debug or known is None:
             raise
-        return report_error(error)
+        return report_error(known)
     return 0

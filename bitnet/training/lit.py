@@ -26,6 +26,12 @@ DEFAULT_SCHEDULE = ScheduleConfig()
 DEFAULT_ARITHMETIC = Arithmetic()
 
 
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of those with a NaN or an infinity in what this process holds of them."""
+    pieces = {name: tensor.to_local() if hasattr(tensor, "to_local") else tensor for name, tensor in tensors.items()}
+    return [name for name, piece in pieces.items() if not piece.isfinite().all()]
+
+
 class LitBitNet(L.LightningModule):
     """Pre-trains a low-bit transformer.
 
@@ -69,11 +75,15 @@ class LitBitNet(L.LightningModule):
         self.calibration_progress: Progress = no_progress
         self.preparation: dict[str, float] = {}
         """What the recipe has cost before the first step."""
+        self.record: dict[str, dict[str, Any]] = {}
+        """What the run is trained with (``bitnet.training.changes``)."""
         self.resumes = False
         """Whether a checkpoint of this run will fill the model: then nothing is calibrated again."""
         self.model: Transformer | None = None
         self.grad_norm = torch.tensor(torch.nan)
         """Norm of the gradient of the last optimizer step, all parameters together, before clipping."""
+        self.broken_gradients: list[str] = []
+        """Parameters whose gradient was not finite in a step that was therefore not taken."""
         self._validation = Score()
         self._refreshed_at = -1
 
@@ -240,13 +250,20 @@ class LitBitNet(L.LightningModule):
 
         Clipping finds the norm anyway, so whoever wants to know it reads it here; it stays on the device.
         """
-        if gradient_clip_val and gradient_clip_algorithm != "value":
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-            if gradient_clip_val:
-                torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights
+        if self.device.type == "cpu" and not self.grad_norm.isfinite():  # on a GPU, asking would wait for it
+            self._drop_gradients()
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+
+    def _drop_gradients(self) -> None:
+        """A weight without a gradient is not updated; ``Watch`` ends the run behind this step."""
+        gradients = {name: p.grad for name, p in self.transformer.named_parameters() if p.grad is not None}
+        self.broken_gradients = not_finite(gradients)
+        self.zero_grad()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.recipe.loss(self.transformer, batch)
@@ -286,6 +303,7 @@ class LitBitNet(L.LightningModule):
             self.config, served, self.data.tokenizer.to_str(), self.data.chat_extras()
         )
         content["bitnet"]["data"] = self.data.summary()
+        content["bitnet"]["record"] = self.record
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         if "bitnet" not in content:

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
+from bitnet.checkpoint import damage
 from bitnet.errors import UserError
 from bitnet.sharded_checkpoint import is_sharded
+from bitnet.training.atomic import LAST, PREVIOUS
 
 
 def is_first_process() -> bool:
@@ -56,17 +59,40 @@ def put_back(file: Path) -> Path:
 
 
 def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
-    """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named."""
+    """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named.
+
+    Where the newest checkpoint of the run is damaged, the one before it is taken, and a line says so.
+    """
     if ckpt_path != "last":
         file = Path(ckpt_path)
         if file.is_dir() and not is_sharded(file):
-            file = put_back(file / "checkpoints" / "last.ckpt")
+            if not (found := _checkpoints(file)):
+                raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint; the folder holds no checkpoints/{LAST}.")
+            return file, _newest_whole(found)
         if not (file.is_file() or is_sharded(file)):
             raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
         folder = file.parent.parent if file.parent.name == "checkpoints" else root
         return folder, file
     for folder in reversed(run_family(root)):
-        file = put_back(folder / "checkpoints" / "last.ckpt")
-        if file.is_file() or is_sharded(file):
-            return folder, file
+        if found := _checkpoints(folder):
+            return folder, _newest_whole(found)
     raise UserError(f"--ckpt_path last: no run at {root} has saved a checkpoint yet.")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """What a run in ``folder`` can go on from, newest first."""
+    files = [put_back(folder / "checkpoints" / LAST), folder / "checkpoints" / PREVIOUS]
+    return [file for file in files if file.is_file() or is_sharded(file)]
+
+
+def _newest_whole(files: list[Path]) -> Path:
+    """The first of ``files`` that is not damaged. Folders of parts have no checksums, and are taken as they are."""
+    reasons: list[str] = []
+    for file in files:
+        why = "" if is_sharded(file) else damage(file)
+        if not why:
+            if reasons and is_first_process():
+                print(f"warning: {'; '.join(reasons)}; going on from {file}.", file=sys.stderr)
+            return file
+        reasons.append(f"{file} is damaged ({why})")
+    raise UserError(f"--ckpt_path: {'; '.join(reasons)}; nothing to go on from, begin the run anew.")

@@ -26,6 +26,8 @@ from torch import Tensor
 from bitnet.checkpoint import recipe_options
 from bitnet.errors import SaidByFirstProcess, UserError
 from bitnet.training.atomic import write_atomically
+from bitnet.training.interruption import Interruption
+from bitnet.training.lit import not_finite
 from bitnet.training.progress import say
 from bitnet.training.random_state import random_state
 from bitnet.training.report import command_prefix
@@ -47,7 +49,7 @@ class _Step:
     loader: dict[str, Any]
     """State of the loader behind these batches."""
     figures: Tensor
-    """Loss and gradient norm of every process (processes, 2), in the host's memory."""
+    """Loss, gradient norm and received signal of every process (processes, 3), in the host's memory."""
     arrived: Any
     """The CUDA event behind which ``figures`` may be read, or None."""
 
@@ -69,6 +71,7 @@ class Watch(Callback):
         self.losses: deque[float] = deque(maxlen=window)
         self.spikes = 0
         self._trainer: L.Trainer | None = None
+        self._interruption = Interruption()
         self._batches: list[dict[str, Tensor]] = []
         self._random_states: list[dict[str, Any]] = []
         self._micro_losses: list[Tensor] = []
@@ -92,6 +95,8 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._trainer = trainer
+        found: list[Interruption] = [c for c in trainer.callbacks if isinstance(c, Interruption)]  # type: ignore[attr-defined]
+        self._interruption = found[0] if found else Interruption()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._batches.append(batch)
@@ -104,7 +109,8 @@ class Watch(Callback):
         self._micro_losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if not self._is_step:
             return
-        figures = torch.stack([torch.stack(self._micro_losses).mean().float(), pl_module.grad_norm.float()])
+        loss, received = torch.stack(self._micro_losses).mean().float(), float(self._interruption.received)
+        figures = torch.stack([loss, pl_module.grad_norm.float(), loss.new_tensor(received)])
         if trainer.world_size > 1:
             everyone = [torch.empty_like(figures) for _ in range(trainer.world_size)]
             torch.distributed.all_gather(everyone, figures)
@@ -116,7 +122,7 @@ class Watch(Callback):
             arrived = torch.cuda.Event()
             arrived.record()
         loader: dict[str, Any] = getattr(trainer.train_dataloader, "state_dict", dict)()
-        step = _Step(trainer.global_step, self._batches, self._random_states, loader, figures.view(-1, 2), arrived)
+        step = _Step(trainer.global_step, self._batches, self._random_states, loader, figures.view(-1, 3), arrived)
         self._pending.append(step)
         self._batches, self._random_states, self._micro_losses, self._is_step = [], [], [], False
         self._look(lag=LAG.get(pl_module.device.type, 0))
@@ -139,7 +145,8 @@ class Watch(Callback):
             self._judge(self._trainer, step)
 
     def _judge(self, trainer: L.Trainer, step: _Step) -> None:
-        losses, norms = step.figures.T.tolist()
+        losses, norms, received = step.figures.T.tolist()
+        self._interruption.agreed = int(max(received))
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 skips steps that overflow
         if why := broken(losses, [] if scales else norms):
             self._pending.clear()  # they began with broken weights
@@ -163,7 +170,7 @@ class Watch(Callback):
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         left = f"{last} is from before" if last.is_file() else "no checkpoint had been saved yet"
         kind = UserError if trainer.is_global_zero else SaidByFirstProcess
-        raise kind(f"step {step.number}: {why}; {saved}; {left}.")
+        raise kind(f"step {step.number}: {why}{_where(trainer.lightning_module)}; {saved}; {left}.")
 
     def _keep_spike(self, trainer: L.Trainer, step: _Step, loss: float, median: float, deviation: float) -> None:
         self.spikes += 1
@@ -185,7 +192,7 @@ class Watch(Callback):
         folder = Path(trainer.default_root_dir) / "incidents"
         suffix = f"_rank{trainer.global_rank}.pt" if several else ".pt"
         file = folder / f"step_{step.number}{suffix}"
-        loss, norm = step.figures[trainer.global_rank if several else 0].tolist()
+        loss, norm, _ = step.figures[trainer.global_rank if several else 0].tolist()
         content = {
             "incident_format": FORMAT,
             "step": step.number,
@@ -217,6 +224,16 @@ def broken(losses: list[float], norms: list[float]) -> str:
             where = f" (process {', '.join(map(str, bad))})" if 0 < len(bad) < len(values) else ""
             return f"the {name} is {values[bad[0]]}{where}"
     return ""
+
+
+def _where(module: Any) -> str:
+    """The tensors in which a step that was not taken broke; nothing where its update has spread them already."""
+    if not module.broken_gradients:
+        return ""
+    weights = not_finite(dict(module.transformer.named_parameters()))
+    names, kind = (weights, "weight") if weights else (module.broken_gradients, "gradient")
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f", not finite: {kind} of {names[0]}{others}"
 
 
 def robust(losses: "deque[float]") -> tuple[float, float]:
