@@ -169,7 +169,8 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
 def _is_known(form: LayerForm) -> bool:
     grouped = type(form.scale_per) is int and form.scale_per > 0
     scaled = grouped or form.scale_per in ("matrix", "row")
-    return form.format in FORMATS and form.act_bits in (8, 4, "none") and scaled
+    named = isinstance(form.format, str) and form.format in FORMATS
+    return named and form.act_bits in (8, 4, "none") and scaled
 
 
 def _fill(to: Tensor, chunks: Iterator[bytearray], base3: PackedLinear | None) -> None:
