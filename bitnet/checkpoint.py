@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitnet.checkpoint_zip import check_checkpoint_file
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.model import Transformer, without_memory
@@ -96,12 +97,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     file = find_checkpoint(path)
     try:
-        content = read_sharded(file) if is_sharded(file) else torch.load(file, map_location="cpu", weights_only=True)
+        if is_sharded(file):
+            content = read_sharded(file)
+        else:
+            check_checkpoint_file(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{file}: not a readable checkpoint ({reason[:120]}).") from error
     if not isinstance(content, dict) or "bitnet" not in content or "state_dict" not in content:
         raise UserError(f"{file}: not a checkpoint of this library (it has no 'bitnet' entry).")
+    if not isinstance(content["bitnet"], dict) or not isinstance(content["state_dict"], dict):
+        raise UserError(f"{file}: not a checkpoint of this library (its entries are of other kinds).")
+    for name, tensor in content["state_dict"].items():
+        if not isinstance(tensor, torch.Tensor) or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file}: {name} is no tensor, or claims more values than the file holds.")
     version = content["bitnet"].get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: checkpoint format {version}; this version reads {FORMAT_VERSION}.")

@@ -82,8 +82,10 @@ def entries(header: dict[str, Any], header_bytes: int, size: int) -> dict[str, E
     found, position = {}, 0
     data = 8 + header_bytes
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, end = entry["data_offsets"]
+        if any(type(n) is not int for n in (*shape, start, end)):
+            raise Malformed(f"{name} has a size that is no whole number")
         nbytes = dtype.itemsize
         for n in shape:
             nbytes *= n

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["bitnet"]):
     from bitnet.interchange.gguf_import import read_gguf
     from bitnet.interchange.hf_import import read_hf
 
-__all__ = ["NO_DIGEST", "fuzz", "json_mutator", "load_packed", "read_gguf", "read_hf", "seal_of", "with_seal"]
+__all__ = ["NO_DIGEST", "filled", "fuzz", "json_mutator", "load_packed", "read_gguf", "read_hf", "seal_of", "with_seal"]
 
 ADDRESS_SPACE = 6 << 30
 """Nothing here is larger than a few kilobytes, so that whoever asks for more has believed a header."""
@@ -79,6 +79,23 @@ def json_mutator(data: bytes, max_size: int, seed: int) -> bytes:
         except (ValueError, RecursionError):
             pass
     return bytes(atheris.Mutate(data, max_size))
+
+
+def filled(header: bytes) -> bytes:
+    """Data for the entries of a safetensors header: ones for floats, zeros for the rest."""
+    try:
+        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        size = max(entry["data_offsets"][1] for entry in entries)
+        if type(size) is not int or not 0 <= size < 1 << 20:
+            return b""
+        data = bytearray(size)
+        for entry in entries:
+            start, end = entry["data_offsets"]
+            one = {"F32": b"\0\0\x80\x3f", "F16": b"\0\x3c"}.get(entry["dtype"], b"\0")
+            data[start:end] = (one * size)[: end - start]
+        return bytes(data[:size])
+    except Exception:
+        return b""
 
 
 def fuzz(name: str, read: Callable[[bytes, Path], None], mutator: Callable[..., bytes] | None = None) -> None:

@@ -4,19 +4,15 @@ and the index, with a NUL between each and the next; what is left out is not wri
 import json
 from pathlib import Path
 
-from common import fuzz, json_mutator, read_hf
+from common import filled, fuzz, json_mutator, read_hf
 
 NAMES = ("config.json", "model.safetensors", "tokenizer_config.json", "model.safetensors.index.json")
 TOKENIZER = json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}})
 
 
 def file_of(header: bytes) -> bytes:
-    """A safetensors file whose tensors are zeros."""
-    try:
-        size = max(entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__")
-    except Exception:
-        size = 0
-    return len(header).to_bytes(8, "little") + header + (bytes(size) if type(size) is int and size < 1 << 20 else b"")
+    """A safetensors file whose tensors are filled."""
+    return len(header).to_bytes(8, "little") + header + filled(header)
 
 
 def read(data: bytes, folder: Path) -> None:

@@ -4,23 +4,18 @@ header are made right, since no mutation could guess them. An input without a NU
 import json
 from pathlib import Path
 
-from common import NO_DIGEST, fuzz, json_mutator, load_packed, seal_of, with_seal
+from common import NO_DIGEST, filled, fuzz, json_mutator, load_packed, seal_of, with_seal
 
 
 def file_of(data: bytes) -> bytes:
-    """The file that an input stands for; its tensors are zeros."""
+    """The file that an input stands for; its tensors are filled."""
     description, nul, tensors = data.partition(b"\0")
     if not nul:
         return data
     quoted = json.dumps(description.decode("utf-8", "replace")).encode()
     entries = tensors.strip()[1:]
     header = b'{"__metadata__":{"bitnet":' + quoted + b',"sha256":"' + NO_DIGEST.encode() + b'"},' + entries
-    try:
-        size = max(entry["data_offsets"][1] for entry in json.loads(tensors).values())
-    except Exception:
-        size = 0
-    body = bytes(size) if isinstance(size, int) and 0 <= size < 1 << 20 else b""
-    return len(header).to_bytes(8, "little") + with_seal(header, NO_DIGEST, seal_of(header)) + body
+    return len(header).to_bytes(8, "little") + with_seal(header, NO_DIGEST, seal_of(header)) + filled(tensors)
 
 
 def read(data: bytes, folder: Path) -> None:

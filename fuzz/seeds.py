@@ -13,8 +13,8 @@ from bitnet.inference.files import save_packed
 from bitnet.inference.packing import pack
 from bitnet.interchange.gguf_export import write_gguf
 from bitnet.interchange.gguf_file import GgufFile
-from bitnet.interchange.hf_export import write_hf
 from bitnet.interchange.gguf_tokenizer import SPLITS
+from bitnet.interchange.hf_export import write_hf
 from bitnet.model import Transformer
 from bitnet.recipes import BitNet
 
@@ -28,7 +28,10 @@ def model(dim: int, weight: str, **sizes: object) -> Transformer:
     BitNet(weight=weight, act_bits="none" if weight == "none" else 8).prepare(made)
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.zero_()  # the targets fill tensors with zeros: digests are then right
+            parameter.fill_(1.0)  # as the targets fill tensors: digests are then right
+        for name, linear in made.named_modules():
+            if isinstance(linear, torch.nn.Linear) and name != "lm_head":
+                linear.weight.fill_(-1.0)  # level -1, whose code is 0 in every format
     return made.eval()
 
 
@@ -51,16 +54,14 @@ def header_of(file: Path) -> dict[str, object]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for weight, format, head in (
-            ("ternary", None, "float32"),
-            ("ternary", "ternary_base3", "int8"),
-            ("binary", None, "float16"),
-        ):
-            file = folder / "m.safetensors"
-            save_packed(pack(model(8, weight), head), tokenizer(), file, format=format, recipe={"name": "BitNet"})
+        # Widths at which no row has padding, which is not zero.
+        packed = (("ternary", None, 256), ("ternary", "ternary_base3", 40), ("binary", None, 256))
+        for weight, format, dim in packed:
+            file, head = folder / "m.safetensors", "float32" if format is None else "float16"
+            save_packed(pack(model(dim, weight), head), tokenizer(), file, format=format, recipe={"name": "BitNet"})
             header = header_of(file)
             description = header.pop("__metadata__")["bitnet"]
-            seed = f"seed_{weight}_{format}_{head}"
+            seed = f"seed_{weight}_{dim}"
             save("packed", seed, description.encode() + b"\0" + json.dumps(header).encode())
         for form, weight in (("bitlinear", "ternary"), ("online", "ternary"), ("dense", "none")):
             (out := folder / form).mkdir()

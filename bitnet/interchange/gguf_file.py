@@ -1,8 +1,8 @@
 """The header of a GGUF file, checked before any memory is taken; tensors stay in the file until they are asked for.
 
-Layout: magic, version, counts, then key-value pairs, then name, sizes, type and place of each tensor, then padding up to
-the alignment, then the tensors, each padded. The rules are those of llama.cpp's loader. This parser exists because the
-gguf package trusts its file; types of tensors and their dequantization are that package's.
+Layout: magic, version, counts, then key-value pairs, then name, sizes, type and place of each tensor, then padding up
+to the alignment, then the tensors, each padded. The rules are those of llama.cpp's loader. This parser exists because
+the gguf package trusts its file; types of tensors and their dequantization are that package's.
 """
 
 import struct
