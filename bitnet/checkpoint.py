@@ -188,13 +188,22 @@ def model_of(
     """``load_checkpoint`` for what ``read_checkpoint`` gave; ``path`` is for messages."""
     from tokenizers import Tokenizer
 
-    config, recipe = build(content["bitnet"])
+    try:
+        config, recipe = build(content["bitnet"])
+        tokenizer = Tokenizer.from_str(content["bitnet"]["tokenizer"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise UserError(f"{path}: its description of the model cannot be read ({reason}).") from error
+    if config.n_layers > len(content["state_dict"]):
+        raise UserError(f"{path}: n_layers = {config.n_layers}, and only {len(content['state_dict'])} tensors.")
     with without_memory():
         model = Transformer(config)
         recipe.prepare(model)
     load_state(model, model_state(content), str(path), assign=True)
     recipe.finalize(model)
-    return model.to(device).eval(), Tokenizer.from_str(content["bitnet"]["tokenizer"])
+    return model.to(device).eval(), tokenizer
 
 
 def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str, assign: bool = False) -> None:
