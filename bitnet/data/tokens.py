@@ -62,6 +62,8 @@ class TokenStore:
         self.eos_id: int = self.meta["eos_id"]
         self._dtype = np.dtype(self.meta["dtype"])
         self._check_tokenizer()
+        for name in ("val", *(f"train-{i}" for i in range(self.sources))):
+            self.ids(name)
 
     def _check_tokenizer(self) -> None:
         """Refuse a tokenizer other than the one that made the ids, and ids that no row of the embedding stands for."""
