@@ -6,7 +6,11 @@ Bad input is one line and exit code 2; ``--debug`` shows the traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from bitnet.commands import compare, exchange, look, measure, quantize, replay, serve
@@ -63,19 +67,42 @@ def _options(parser: argparse.ArgumentParser, path: list[str]) -> list[str]:
     return list(parser._option_string_actions)
 
 
+@contextlib.contextmanager
+def _sigterm_cleans_up() -> Iterator[None]:
+    """SIGTERM ends a command as an exception does, so that half-written files are removed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(args: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["fit"]:
         return fit(args[1:])
     try:
-        known = parse(args)
-        known.run(known)
+        with _sigterm_cleans_up():
+            known = parse(args)
+            known.run(known)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         said = error if isinstance(error, UserError) else of_the_machine(error)
         if "--debug" in args or said is None:
             raise
         print(f"error: {said}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if "--debug" in args:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

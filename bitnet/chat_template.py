@@ -1,9 +1,19 @@
 """Messages become text by a chat template, a Jinja text that comes with a model.
 
-It comes from a stranger: it runs in Jinja's sandbox, which lets it read the messages and nothing else.
+It comes from a stranger: it runs in Jinja's sandbox, which lets it read the messages and nothing else, and in a process
+of its own with a limit of time, memory and output, since a sandbox lets a program loop for days.
 """
 
+import atexit
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bitnet.errors import UserError
@@ -21,29 +31,114 @@ PLAIN_TEMPLATE = (
 """For models that bring no template: words that any tokenizer has, and the end-of-text token after each answer."""
 
 
+SECONDS = 5.0
+"""What a template may take for one conversation; rendering takes a thousandth of it."""
+START_SECONDS = 60.0
+LONGEST = 4_000_000
+"""Characters that it may write: more than any context holds."""
+
+
 def render(
     messages: Sequence[Message], template: str | None, special_tokens: dict[str, str], *, answer_follows: bool
 ) -> str:
     """The text of ``messages`` (``role`` and ``content``); ``special_tokens`` are names such as ``eos_token``.
 
     With ``answer_follows`` it ends where the assistant's next answer begins. Raises ``UserError`` for a template that
-    fails or reaches for what the sandbox forbids.
+    fails, reaches for what the sandbox forbids, or is beyond its limits.
     """
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    names = {**special_tokens, "messages": list(messages), "add_generation_prompt": answer_follows}
+    request = {
+        "template": PLAIN_TEMPLATE if template is None else template,
+        "names": names,
+        "seconds": SECONDS,
+        "longest": LONGEST,
+    }
+    answer = _Renderer.of_this_process().ask(request)
+    if "text" not in answer:
+        raise UserError(f"the chat template fails: {answer['error']}.")
+    return answer["text"]
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    try:
-        compiled = environment.from_string(PLAIN_TEMPLATE if template is None else template)
-        return compiled.render(messages=messages, add_generation_prompt=answer_follows, **special_tokens)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template fails: {error.message or type(error).__name__}.") from error
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError, RecursionError) as error:
-        raise UserError(f"the chat template fails: {error}.") from error
+def check_template(template: str | None, special_tokens: dict[str, str]) -> None:
+    """Render one question, so that a broken template is found before a user has typed one. Raises ``UserError``."""
+    render([{"role": "user", "content": "Hello"}], template, special_tokens, answer_follows=True)
+
+
+class _Renderer:
+    """The process that renders. It ends with this one; one that is late is ended, and the next call starts another."""
+
+    _current: "tuple[int, _Renderer] | None" = None
+
+    @classmethod
+    def of_this_process(cls) -> "_Renderer":
+        """Forked processes must not share the pipes of their parent."""
+        if cls._current is None or cls._current[0] != os.getpid():
+            cls._current = (os.getpid(), cls())
+        return cls._current[1]
+
+    def __init__(self) -> None:
+        program = Path(__file__).with_name("template_process.py")
+        # -P: the folder of the script holds modules of this library, which are not to be found by their bare names.
+        self._process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, "-P", str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        atexit.register(self.end)
+        # An empty template: the time to start Python is not the template's.
+        self._exchange({"template": "", "names": {}, "seconds": START_SECONDS, "longest": 0}, START_SECONDS)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+        try:
+            return self._exchange(request, SECONDS)
+        except TimeoutError:
+            return {"error": f"it takes longer than {SECONDS:g} seconds"}
+        except (OSError, EOFError):
+            return {"error": "the process that renders it has ended"}
+
+    def _exchange(self, request: dict[str, Any], seconds: float) -> dict[str, str]:
+        assert self._process.stdin and self._process.stdout
+        until = time.monotonic() + seconds
+        done = False
+        try:
+            content = json.dumps(request).encode()
+            self._process.stdin.write(struct.pack("<I", len(content)) + content)
+            self._process.stdin.flush()
+            length = struct.unpack("<I", self._read(4, until))[0]
+            if length > 6 * LONGEST + 1000:  # JSON writes a character in six at most
+                raise EOFError
+            answer: dict[str, str] = json.loads(self._read(length, until))
+            done = True
+            return answer
+        finally:
+            if not done:  # whatever was the matter: the next call must not find half an answer
+                self.end()
+
+    def _read(self, n: int, until: float) -> bytes:
+        assert self._process.stdout
+        content = bytearray()
+        while len(content) < n:
+            if not select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+                raise TimeoutError
+            part = os.read(self._process.stdout.fileno(), n - len(content))
+            if not part:
+                raise EOFError
+            content += part
+        return bytes(content)
+
+    def end(self) -> None:
+        if type(self)._current and type(self)._current[1] is self:  # type: ignore[index]
+            type(self)._current = None
+        atexit.unregister(self.end)
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                if pipe:
+                    pipe.close()
+            except OSError:
+                pass  # what was not sent is not missed
 
 
 class ChatText(str):

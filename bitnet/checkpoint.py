@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitnet.checkpoint_zip import check_checkpoint_file
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.model import Transformer, without_memory
@@ -98,6 +99,10 @@ def damage(file: Path) -> str:
     What lies outside of the entries cannot change a value: ``torch.load`` finds its way, or fails.
     """
     try:
+        check_checkpoint_file(file)
+    except UserError as error:
+        return str(error).removeprefix(f"{file}: ").rstrip(".")
+    try:
         with zipfile.ZipFile(file) as entries:
             if bad := entries.testzip():
                 return f"the checksum of {bad} is wrong"
@@ -114,15 +119,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     file = find_checkpoint(path)
     sharded = is_sharded(file)
-    if not sharded and (why := damage(file)):
-        raise UserError(f"{file}: not a readable checkpoint ({why}).")
+    if not sharded:
+        check_checkpoint_file(file)
+        if why := damage(file):
+            raise UserError(f"{file}: not a readable checkpoint ({why}).")
     try:
         content = read_sharded(file) if sharded else torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{file}: not a readable checkpoint ({reason[:120]}).") from error
     if not isinstance(content, dict) or "bitnet" not in content or "state_dict" not in content:
         raise UserError(f"{file}: not a checkpoint of this library (it has no 'bitnet' entry).")
+    if not isinstance(content["bitnet"], dict) or not isinstance(content["state_dict"], dict):
+        raise UserError(f"{file}: not a checkpoint of this library (its entries are of other kinds).")
+    for name, tensor in content["state_dict"].items():
+        if not isinstance(tensor, torch.Tensor) or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file}: {name} is no tensor, or claims more values than the file holds.")
     version = content["bitnet"].get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: checkpoint format {version}; this version reads {FORMAT_VERSION}.")
@@ -205,13 +219,22 @@ def model_of(
     """``load_checkpoint`` for what ``read_checkpoint`` gave; ``path`` is for messages."""
     from tokenizers import Tokenizer
 
-    config, recipe = build(content["bitnet"])
+    try:
+        config, recipe = build(content["bitnet"])
+        tokenizer = Tokenizer.from_str(content["bitnet"]["tokenizer"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise UserError(f"{path}: its description of the model cannot be read ({reason}).") from error
+    if config.n_layers > len(content["state_dict"]):
+        raise UserError(f"{path}: n_layers = {config.n_layers}, and only {len(content['state_dict'])} tensors.")
     with without_memory():
         model = Transformer(config)
         recipe.prepare(model)
     load_state(model, model_state(content), str(path), assign=True)
     recipe.finalize(model)
-    return model.to(device).eval(), Tokenizer.from_str(content["bitnet"]["tokenizer"])
+    return model.to(device).eval(), tokenizer
 
 
 def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str, assign: bool = False) -> None:

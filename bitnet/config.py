@@ -4,13 +4,33 @@ Every field is a key of the YAML files and an option of the command line; the st
 A config that cannot work is refused here, before any data is read or memory taken.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from bitnet.errors import UserError
 
 Activation = Literal["silu", "relu2"]
 OptimKind = Literal["adamw", "muon", "adafactor", "adamw8bit"]
+LARGEST = 2**31 - 1
+"""No size of a model is larger: products of two then fit into 64 bits."""
+
+
+def _whole(owner: object, *names: str) -> None:
+    """Sizes come from files of strangers too: "96", 96.0 and true are refused, not guessed at."""
+    for name in names:
+        value = getattr(owner, name)
+        if type(value) is not int:
+            raise UserError(f"{name} = {value!r}: must be a whole number.")
+        if value > LARGEST:
+            raise UserError(f"{name} = {value}: must be at most {LARGEST}.")
+
+
+def _number(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{name} = {value!r}: must be a number.")
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -60,7 +80,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        _positive(self, "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "ffn_dim", "max_seq_len")
+        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
+        _whole(self, *sizes)
+        _number(self, "norm_eps", "rope_theta", "init_std", "dropout")
+        if self.activation not in get_args(Activation):
+            raise UserError(f"activation = {self.activation!r}: must be one of {', '.join(get_args(Activation))}.")
+        for switch in ("sub_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, switch), bool):
+                raise UserError(f"{switch} = {getattr(self, switch)!r}: must be true or false.")
+        _positive(self, *sizes)
         _positive(self, "norm_eps", "rope_theta", "init_std")
         if self.dim % self.n_heads:
             raise UserError(f"dim = {self.dim} is not a multiple of n_heads = {self.n_heads}; heads must be equal.")

@@ -8,9 +8,18 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+LONGEST = 2000
+"""Characters of a message that are shown."""
+
 
 class UserError(ValueError):
     """Bad input: a file, a field or a combination of them that the user can mend."""
+
+    def __str__(self) -> str:
+        """One line that a terminal can be shown: names from a stranger's file may hold line ends and escape codes."""
+        text = super().__str__()
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class SaidByFirstProcess(UserError):

@@ -6,12 +6,18 @@ unpickler that knows the few classes it may name, and of the rest only tensors o
 """
 
 import importlib
+import io
+import math
 import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bitnet.checkpoint_zip import check_checkpoint_file, refuse_unpacking
+from bitnet.errors import UserError
+from bitnet.tensor_file import check_plain_name
 
 EXTRA = "meta.pt"
 INDEX = ".metadata"
@@ -50,30 +56,54 @@ def is_sharded(path: Path) -> bool:
 
 def read_sharded(folder: Path) -> dict[str, Any]:
     """Plain values and the model's tensors, whole, on the CPU. The optimizer's are left where they are."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    available = sum(file.stat().st_size for file in folder.glob("*.distcp") if file.is_file())
+
     class Reader(FileSystemReader):
+        def _slice_file(self, file: Any, sinfo: Any) -> Any:
+            file.seek(sinfo.offset)
+            part = io.BytesIO(file.read(sinfo.length))
+            refuse_unpacking(part, sinfo.length, folder / sinfo.relative_path)
+            return part
+
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
             with (folder / INDEX).open("rb") as file:
                 index = _IndexUnpickler(file).load()
             if not isinstance(index, Metadata):
                 raise pickle.UnpicklingError(f"{INDEX} is no index of a checkpoint")
+            for place in (index.storage_data or {}).values():
+                check_plain_name(folder / INDEX, place.relative_path)
+                if not (folder / place.relative_path).is_file() or getattr(place, "transform_descriptors", None):
+                    raise UserError(f"{folder / place.relative_path}: named in {INDEX}, and no plain file.")
             if index.storage_meta is None:
                 index.storage_meta = StorageMeta()
             index.storage_meta.load_id = self.load_id
             return index
 
+    check_checkpoint_file(folder / EXTRA)
     content: dict[str, Any] = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
     reader = Reader(folder)
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    entries = {
+        name: entry
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }
+    wanted = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values())
+    if wanted > available:
+        raise UserError(f"{folder / INDEX}: names {wanted:,} bytes of tensors; the files beside it hold {available:,}.")
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, storage_reader=reader, no_dist=True)
+        try:
+            load(state, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # it wraps what was raised while a part was read
+            for wrapped, _ in error.failures.values():
+                if isinstance(wrapped, UserError):
+                    raise wrapped from error
+            raise
     content["state_dict"] = {name.removeprefix("state_dict."): tensor for name, tensor in state.items()}
     return content

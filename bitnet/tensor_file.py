@@ -62,6 +62,8 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_header(path: Path) -> bytes:
     """The JSON text of the header. Raises ``OSError`` and ``Malformed``."""
+    if path.exists() and not path.is_file():
+        raise Malformed("it is no file")  # opening a pipe would wait, and a device has no end
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
@@ -80,8 +82,10 @@ def entries(header: dict[str, Any], header_bytes: int, size: int) -> dict[str, E
     found, position = {}, 0
     data = 8 + header_bytes
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, end = entry["data_offsets"]
+        if any(type(n) is not int for n in (*shape, start, end)):
+            raise Malformed(f"{name} has a size that is no whole number")
         nbytes = dtype.itemsize
         for n in shape:
             nbytes *= n
@@ -91,6 +95,13 @@ def entries(header: dict[str, Any], header_bytes: int, size: int) -> dict[str, E
     if data + position != size:
         raise Malformed(f"{data + position:,} bytes expected, {size:,} found")
     return found
+
+
+def check_plain_name(where: object, name: object) -> None:
+    """A name in an index means a file beside it. Raises ``UserError`` for a path to elsewhere, or for no name."""
+    plain = isinstance(name, str) and name == Path(name).name and name.isprintable() and "\\" not in name
+    if not plain or name in ("", ".", "..") or len(str(name)) > 255:
+        raise UserError(f"{where}: names the file {str(name)[:80]!r}; must be the plain name of one beside it.")
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

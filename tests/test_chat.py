@@ -44,27 +44,6 @@ def test_templates_render_as_in_transformers(template, answer_follows) -> None:
         assert render(messages, template, NAMES, answer_follows=answer_follows) == expected
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.__class__.__base__.__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{% for x in range(10**9) %}{% endfor %}",
-        "{{ messages.append(1) }}",
-        "{% include '/etc/passwd' %}",
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ 1 / 0 }}",
-        "{% if %}",
-    ],
-)
-def test_the_sandbox_holds(template) -> None:
-    messages = [dict(message) for message in TALK]
-    with pytest.raises(UserError, match="the chat template fails"):
-        render(messages, template, NAMES, answer_follows=True)
-    assert messages == TALK
-
-
 def test_answers_are_parts_of_their_own() -> None:
     text = conversation(TALK, CHATML, NAMES)
     assert isinstance(text, ChatText)

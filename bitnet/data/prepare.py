@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from bitnet.chat_template import ChatText
 from bitnet.data.corpora import Corpus, DocumentList, Reading, python_version
 from bitnet.data.tokenizer import find_eos, load_tokenizer, pieces, train_tokenizer
-from bitnet.data.tokens import FORMAT, UNSAID, TokenStore, Totals
+from bitnet.data.tokens import FORMAT, UNSAID, TokenStore, Totals, file_digest
 from bitnet.errors import UserError
 
 BATCH_BYTES = 4 << 20
@@ -215,6 +215,7 @@ def prepare(
             "python": python_version(),
         }
         tokenizer.save(str(partial / "tokenizer.json"))
+        meta["tokenizer_sha256"] = file_digest(partial / "tokenizer.json")
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             os.replace(partial, folder)

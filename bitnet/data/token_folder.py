@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bitnet.data.corpora import python_version
-from bitnet.data.tokens import FORMAT, Totals
+from bitnet.data.tokens import FORMAT, Totals, file_digest
 from bitnet.errors import UserError
 
 HELD_OUT = 20
@@ -52,6 +52,7 @@ def write_token_folder(
             "python": python_version(),
         }
         tokenizer.save(str(partial / "tokenizer.json"))
+        meta["tokenizer_sha256"] = file_digest(partial / "tokenizer.json")
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         os.chmod(partial, 0o755)
         os.replace(partial, folder)

@@ -6,6 +6,7 @@ uint16 ids (uint32 above 65,536 tokens), documents one after another, each follo
 A *row* is ``seq_len + 1`` consecutive ids; row i starts at ``i * seq_len``, so each id is predicted once.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ from bitnet.loss import IGNORE
 FORMAT = "bitnet-tokens-1"
 UNSAID = 1 << 24
 """Added to the ids of what a model reads and is not taught to say: all of a conversation but the answers."""
+
+LOOKED_AT = 1 << 24
+"""Ids of a file that are compared with the vocabulary before a run begins; more would keep it waiting."""
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,20 @@ class TokenStore:
         self.tokenizer = load_tokenizer(folder)
         self.eos_id: int = self.meta["eos_id"]
         self._dtype = np.dtype(self.meta["dtype"])
+        self._check_tokenizer()
+        for name in ("val", *(f"train-{i}" for i in range(self.sources))):
+            self.ids(name)
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer other than the one that made the ids, and ids that no row of the embedding stands for."""
+        file = self.folder / "tokenizer.json"
+        there, made = self.vocab_size, self.meta.get("vocab_size")
+        changed = self.meta.get("tokenizer_sha256") not in (None, file_digest(file))
+        if changed or there != made:
+            raise UserError(f"{file}: not the tokenizer that made these ids; put it back, or prepare the text again.")
+        largest = max(self.tokenizer.get_vocab().values(), default=-1)
+        if largest >= there:
+            raise UserError(f"{file}: has the id {largest} and {there} tokens; ids must run from 0 without gaps.")
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +96,14 @@ class TokenStore:
         expected = self.totals(name).tokens * self._dtype.itemsize
         if not file.is_file() or file.stat().st_size != expected:
             raise UserError(f"{file}: missing or not of {expected} bytes; delete {self.folder} to prepare it again.")
-        return np.memmap(file, dtype=self._dtype, mode="r")
+        ids = np.memmap(file, dtype=self._dtype, mode="r") if expected else np.zeros(0, self._dtype)
+        head = ids[:LOOKED_AT]
+        largest = int((head if self._dtype.itemsize < 4 else head % UNSAID).max(initial=0))
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"{file}: has the id {largest}, and the tokenizer {self.vocab_size} tokens; prepare the text again."
+            )
+        return ids
 
     def bytes_per_token(self) -> float:
         """Bytes of text per token over the training set, end-of-text tokens counted as tokens."""

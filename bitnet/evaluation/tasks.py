@@ -66,20 +66,52 @@ class TaskScore:
     items: int
 
 
+def _fault(item: Any, fields: frozenset[str]) -> str | None:
+    """What is wrong with an item that should have ``fields``, or ``None``."""
+    if not isinstance(item, dict):
+        return "is no JSON object"
+    if lacking := sorted(fields - set(item)):
+        return f"has no {lacking[0]}"
+    options = next((name for name in ("choices", "context_options") if name in fields), None)
+    for name in sorted(fields - {"gold", options}):
+        if not isinstance(item[name], str):
+            return f"{name} = {str(item[name])[:50]}: must be a text"
+    if options is None:
+        return None
+    texts, gold = item[options], item["gold"]
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        return f"{options} = {str(texts)[:50]}: must be a list of texts"
+    if type(gold) is not int or not 0 <= gold < len(texts):
+        return f"gold = {str(gold)[:50]}: must be the number of one of the {len(texts)} {options}, counted from 0"
+    return None
+
+
 def task_of_lines(file: Path) -> dict[str, Any]:
-    """lm-eval's description of a .jsonl file. Raises ``UserError`` when its fields say nothing that is known."""
+    """lm-eval's description of a .jsonl file. Raises ``UserError`` for the first line that is no item."""
+    known = fields = None
     try:
         with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(lines))
-        fields = set(first.keys())
-    except (OSError, ValueError, StopIteration, AttributeError) as error:
-        raise UserError(f"{file}: no JSON object in its first line ({error}).") from error
-    for known, form in BY_FIELDS.items():
-        if known <= fields:
-            data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
-            return {"task": file.stem, **data, **form, "metadata": {"version": 1}}
-    forms = "; ".join(", ".join(sorted(known)) for known in BY_FIELDS)
-    raise UserError(f"{file}: its fields are {', '.join(sorted(fields))}; a task has one of: {forms}.")
+            for number, line in enumerate(lines, start=1):
+                try:
+                    item = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{file}: line {number} is no JSON object ({error}).") from error
+                if fields is None:
+                    fields = frozenset(item) if isinstance(item, dict) else frozenset()
+                    known = next((form for form in BY_FIELDS if form <= fields), None)
+                    if known is None and isinstance(item, dict):
+                        forms = "; ".join(", ".join(sorted(form)) for form in BY_FIELDS)
+                        raise UserError(
+                            f"{file}: its fields are {', '.join(sorted(fields))}; a task has one of: {forms}."
+                        )
+                if fault := _fault(item, known or frozenset()):
+                    raise UserError(f"{file}: line {number} {fault}.")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}).") from error
+    if known is None:
+        raise UserError(f"{file}: no JSON object in it; write one item a line.")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
+    return {"task": file.stem, **data, **BY_FIELDS[known], "metadata": {"version": 1}}
 
 
 def find_task(name: str, data: Path | None) -> str | dict[str, Any]:

@@ -173,7 +173,8 @@ def _is_known(form: LayerForm) -> bool:
     grouped = type(form.scale_per) is int and form.scale_per > 0
     scaled = grouped or form.scale_per in ("matrix", "row")
     transformed = form.transform in ("none", *TRANSFORMS)
-    return form.format in FORMATS and form.act_bits in (8, 4, "none") and scaled and transformed
+    named = isinstance(form.format, str) and form.format in FORMATS
+    return named and form.act_bits in (8, 4, "none") and scaled and transformed
 
 
 def _fill(to: Tensor, chunks: Iterator[bytearray], base3: PackedLinear | None) -> None:

@@ -20,6 +20,7 @@ from bitnet.inference.packed_linear import LayerForm, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import packed_skeleton
 from bitnet.interchange.gguf_blocks import separate_rows
+from bitnet.interchange.gguf_file import GgufFile
 from bitnet.interchange.gguf_tokenizer import read_tokenizer
 from bitnet.interchange.names import GGUF
 from bitnet.interchange.opened import Opened, config_of
@@ -79,50 +80,34 @@ class _Reader:
     """Tensors of a GGUF file by our names, dequantized one at a time."""
 
     def __init__(self, file: Path) -> None:
-        import gguf
-
         self.file = file
-        try:
-            self.reader = gguf.GGUFReader(file)
-        except (ValueError, KeyError, IndexError, OSError) as error:
-            if "not a valid GGMLQuantizationType" in str(error):
-                raise UserError(
-                    f"{file}: has a type of tensor that the gguf package does not read, such as q2_0 or i2_s; "
-                    "import the model from its tq2_0 or f16 file, or from where it was exported."
-                ) from error
-            raise UserError(f"{file}: not a GGUF file that the gguf package reads ({error}).") from error
-        self.tensors = {}
-        for tensor in self.reader.tensors:
-            module, _, leaf = tensor.name.rpartition(".")
+        self.content = GgufFile(file)
+        self.names: dict[str, str] = {}
+        for name in self.content.tensors:
+            module, _, leaf = name.rpartition(".")
             ours = GGUF.ours(module)
-            if tensor.name.startswith("rope_freqs"):
-                raise UserError(f"{file}: scaled rotary positions ({tensor.name}) are not in this graph.")
+            if name.startswith("rope_freqs"):
+                raise UserError(f"{file}: scaled rotary positions ({name}) are not in this graph.")
             if ours is None or leaf != "weight":
-                raise UserError(f"{file}: {tensor.name} has no place in this graph.")
-            self.tensors[ours] = tensor
+                raise UserError(f"{file}: {name} has no place in this graph.")
+            self.names[ours] = name
 
     def get(self, key: str, default: Any = None) -> Any:
-        found = self.reader.get_field(key)
-        return default if found is None else found.contents()
+        return self.content.fields.get(key, default)
 
     def kind(self, name: str) -> str:
-        return str(self.tensors[name].tensor_type.name)
+        return self.content.tensors[self.names[name]].type_name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.content.tensors[self.names[name]].shape
 
     def read(self, name: str, config: ModelConfig) -> Tensor:
         """Float32, rows in the order of this library."""
-        import gguf
-
-        tensor = self.tensors[name]
-        try:
-            dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise UserError(
-                f"{self.file}: {tensor.name} is of type {self.kind(name)}, which cannot be read."
-            ) from error
+        dense = self.content.read(self.names[name])
         heads = {"wq": config.n_heads, "wk": config.kv_heads}.get(name.rpartition(".")[2])
         if heads and self.get("general.architecture") == "llama":
-            dense = separate_rows(dense, heads)
-        return torch.from_numpy(np.array(dense, dtype=np.float32))  # the reader's memory is the file
+            dense = np.ascontiguousarray(separate_rows(dense, heads))
+        return torch.from_numpy(dense)
 
 
 def _weights(model: Transformer) -> dict[str, nn.Module]:
@@ -137,16 +122,15 @@ def _weights(model: Transformer) -> dict[str, nn.Module]:
 def _check(config: ModelConfig, reader: _Reader) -> None:
     """Refuse a file that lacks a tensor or has one of another shape, before memory is taken for any."""
     file = reader.file
-    if config.n_layers > len(reader.tensors):
-        raise UserError(f"{file}: {config.n_layers} blocks in its keys, and only {len(reader.tensors)} tensors.")
+    if config.n_layers > len(reader.names):
+        raise UserError(f"{file}: {config.n_layers} blocks in its keys, and only {len(reader.names)} tensors.")
     with without_memory():
         skeleton = Transformer(config)
     for name, module in _weights(skeleton).items():
         wanted = tuple(cast(Tensor, module.weight).shape)
-        if name not in reader.tensors:
+        if name not in reader.names:
             raise UserError(f"{file}: has no {GGUF.theirs(name)}.weight.")
-        there = tuple(int(n) for n in reversed(reader.tensors[name].shape))
-        if there != wanted:
+        if (there := reader.shape(name)) != wanted:
             raise UserError(f"{file}: {GGUF.theirs(name)}.weight is {there}, and its keys say {wanted}.")
 
 
@@ -157,19 +141,20 @@ def read_gguf(file: Path) -> Opened:
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # The gguf package trusts its file: a damaged key or type comes out in many ways.
+        # A key of another type than usual comes out in many ways.
         raise UserError(f"{file}: damaged ({type(error).__name__}: {str(error)[:100]}).") from error
 
 
 def _read(file: Path) -> Opened:
     reader = _Reader(file)
-    config = _config(reader.get, "lm_head" not in reader.tensors, file)
+    config = _config(reader.get, "lm_head" not in reader.names, file)
     _check(config, reader)
-    kinds = collections.Counter(reader.kind(n) for n in reader.tensors if ".attention.w" in n or ".feed_forward.w" in n)
+    kinds = collections.Counter(reader.kind(n) for n in reader.names if ".attention.w" in n or ".feed_forward.w" in n)
     ternary = set(kinds) <= set(TERNARY)
     model = _packed(config, reader) if ternary else _float(config, reader)
-    fields = {k.removeprefix("tokenizer.ggml."): reader.get(k) for k in reader.reader.fields if "tokenizer.ggml." in k}
-    tokenizer, eos = read_tokenizer(fields, file)
+    prefix, fields = "tokenizer.ggml.", reader.content.fields
+    vocabulary = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    tokenizer, eos = read_tokenizer(vocabulary, file)
     listed = ", ".join(f"{kind} ({count} matrices)" for kind, count in kinds.most_common())
     return Opened(
         model=model,

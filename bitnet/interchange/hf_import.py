@@ -6,6 +6,8 @@ Tensors are read one at a time, so that an import takes the memory of its result
 """
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from bitnet.interchange.names import HUGGING_FACE
 from bitnet.interchange.opened import Opened, config_of
 from bitnet.model import RMSNorm, Transformer, without_memory
 from bitnet.recipes import BitNet
-from bitnet.tensor_file import TensorFile
+from bitnet.tensor_file import TensorFile, check_plain_name
 from bitnet_kernels import FORMATS
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -33,6 +35,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu", "max_position_embeddings": 2048},
 }
 """What transformers assumes when config.json does not say."""
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "max_position_embeddings",
+)  # fmt: skip
 
 
 class Folder:
@@ -41,9 +47,12 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            names = _json(index).get("weight_map", {})
-            # A name in an index is a file beside it, never a path to elsewhere.
-            files = {name: TensorFile(folder / Path(name).name) for name in sorted(set(names.values()))}
+            names = _json(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise UserError(f"{index}: weight_map = {str(names)[:50]}: must name the file of each tensor.")
+            for name in names.values():
+                check_plain_name(index, name)
+            files = {name: TensorFile(folder / name) for name in sorted(set(names.values()))}
             self._where = {tensor: files[file] for tensor, file in names.items()}
             for tensor, file in self._where.items():
                 if tensor not in file.entries:
@@ -89,6 +98,16 @@ def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
     if kind not in DEFAULTS:
         raise UserError(f"{file}: model_type {kind!r}; this library has the graphs of {' and '.join(DEFAULTS)}.")
     content = {**DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
+    for name in SIZES:
+        if name not in content and name == "num_key_value_heads" and kind == "llama":
+            content[name] = content.get("num_attention_heads")  # as the first Llamas
+        if name not in content:
+            raise UserError(f"{file}: has no {name}.")
+        if type(content[name]) is not int or content[name] < 1:
+            raise UserError(f"{file}: {name} = {content[name]!r}: must be a whole number above 0.")
+    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(content.get(name) or {}, dict):
+            raise UserError(f"{file}: {name} = {str(content[name])[:50]}: must be an object.")
     scaling = content.get("rope_scaling") or {}
     rope = content.get("rope_parameters") or scaling
     scaled = {part.get("rope_type", part.get("type", "default")) for part in (rope, scaling)} != {"default"}
@@ -102,7 +121,7 @@ def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
             value = scaling or rope if name == "rope_scaling" else content[name]
             raise UserError(f"{file}: {name} = {value}: not in this graph.")
     try:
-        heads, dim = int(content["num_attention_heads"]), int(content["hidden_size"])
+        heads, dim = content["num_attention_heads"], content["hidden_size"]
         if content.get("head_dim", dim // heads) * heads != dim:
             raise UserError(f"{file}: head_dim = {content['head_dim']}: must be hidden_size / num_attention_heads.")
         config = config_of(
@@ -111,7 +130,7 @@ def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
             dim=dim,
             n_layers=content["num_hidden_layers"],
             n_heads=heads,
-            n_kv_heads=content.get("num_key_value_heads", heads),
+            n_kv_heads=content["num_key_value_heads"],
             ffn_dim=content["intermediate_size"],
             max_seq_len=content["max_position_embeddings"],
             activation=_activation(content["hidden_act"], file),
@@ -123,23 +142,37 @@ def read_config(file: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
         )
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"{file}: has no {error.args[0]}.") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{file}: a size is not a number ({error}).") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: a value is not a number ({str(error)[:100]}).") from error
     return config, content.get("quantization_config")
 
 
-def _activation(name: str, file: Path) -> Any:
+def _activation(name: Any, file: Path) -> Any:
     known = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"{file}: hidden_act = {name}: must be silu or relu2.")
     return known[name]
 
 
-def _low_bit(quantization: dict[str, Any] | None, file: Path) -> tuple[bool, bool]:
+def _check_claims(config: ModelConfig, quantization: dict[str, Any] | None, folder: Folder, file: Path) -> None:
+    """Refuse a config.json that speaks of another model, before a tensor gets the blame."""
+    layers = {int(match[1]) for name in folder if (match := re.match(r"model\.layers\.([0-9]{1,9})\.", name))}
+    if not len(layers) == config.n_layers == 1 + max(layers, default=-1):
+        raise UserError(f"{file}: num_hidden_layers = {config.n_layers}, but the tensors are of {len(layers)} layers.")
+    scale = next((name for name in folder if name.endswith(".weight_scale")), None)
+    if quantization is None and scale:
+        raise UserError(f"{file}: has no quantization_config, but the tensors are packed (there is {scale}).")
+    if quantization is not None and quantization.get("quant_method") == "bitnet":
+        mode = quantization.get("quantization_mode", "offline")
+        if mode not in ("online", "offline"):
+            raise UserError(f"{file}: quantization_mode = {str(mode)[:50]}: must be online or offline.")
+        if (mode == "offline") != (scale is not None):
+            found = f"there is {scale}" if scale else "no tensor is a weight_scale"
+            raise UserError(f"{file}: quantization_mode = {mode}, but {found}.")
+
+
+def _low_bit(quantization: dict[str, Any], file: Path) -> tuple[bool, bool]:
     """``(online, inverted)``: latent weights; and whether weight_scale divides (bitlinear) rather than multiplies."""
-    assert quantization is not None
     if quantization.get("quant_method") != "bitnet":
         raise UserError(f"{file}: quant_method {quantization.get('quant_method')!r}: only 'bitnet' is read.")
     if quantization.get("use_rms_norm"):
@@ -186,10 +219,8 @@ def _check(wanted: Shapes, found: dict[str, str], folder: Folder, path: Path, ti
             raise UserError(f"{path}: {found[ours]} is {there}, and its config says {shape}.")
 
 
-def _skeleton(config: ModelConfig, folder: Folder, path: Path) -> tuple[Transformer, Shapes]:
+def _skeleton(config: ModelConfig) -> tuple[Transformer, Shapes]:
     """The float model without memory, and the shapes of its weights, each once."""
-    if config.n_layers > len(folder):
-        raise UserError(f"{path}: {config.n_layers} layers in its config, and only {len(folder)} tensors.")
     with without_memory():
         model = Transformer(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -199,7 +230,7 @@ def _skeleton(config: ModelConfig, folder: Folder, path: Path) -> tuple[Transfor
 
 
 def _float_model(config: ModelConfig, folder: Folder, path: Path, recipe: BitNet) -> Transformer:
-    model, shapes = _skeleton(config, folder, path)
+    model, shapes = _skeleton(config)
     recipe.prepare(model)
     names = _names(folder, path)
     _check(shapes, names, folder, path, config.tie_embeddings)
@@ -245,7 +276,7 @@ def _slots(model: PackedTransformer) -> dict[str, PackedLinear | Tensor]:
 
 
 def _packed_model(config: ModelConfig, folder: Folder, path: Path, inverted: bool) -> PackedTransformer:
-    plain, shapes = _skeleton(config, folder, path)
+    plain, shapes = _skeleton(config)
     names = _names(folder, path)
     linears = [name for name, m in plain.named_modules() if type(m) is nn.Linear and name != "lm_head"]
     for name in linears:
@@ -263,6 +294,8 @@ def _packed_model(config: ModelConfig, folder: Folder, path: Path, inverted: boo
             continue
         slot.packed.copy_(FORMATS[slot.format].pack(_trits(stored, names[f"{name}.weight"], path)))
         scale = folder.read(names[f"{name}.weight_scale"]).float()
+        if not 0.0 < scale.item() < math.inf:
+            raise UserError(f"{path}: {names[f'{name}.weight_scale']} = {scale.item()}: must be a number above 0.")
         assert slot.inv_scale is not None
         slot.inv_scale.copy_(scale if inverted else scale.reciprocal())
     return model.join_blocks()
@@ -306,6 +339,7 @@ def _read(folder: Path) -> Opened:
     config, quantization = read_config(folder / "config.json")
     tokenizer, template, eos = read_tokenizer(folder)
     tensors = Folder(folder)
+    _check_claims(config, quantization, tensors, folder / "config.json")
     if quantization is None:
         recipe = BitNet(weight="none", act_bits="none")
         model: Transformer = _float_model(config, tensors, folder, recipe)

@@ -19,6 +19,11 @@ def matmul_reference(x: Tensor, w: Tensor) -> Tensor:
     return total.to(torch.int32)
 
 
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``torch._int_mm``, int8 (M, K) @ (K, N) -> int32, for every K: on a CPU torch leaves K = 1 unwritten (2.13)."""
+    return a.to(torch.int32) * b.to(torch.int32) if a.shape[1] == 1 else torch._int_mm(a, b)
+
+
 def scale_reference(total: Tensor, x_inv_scale: Tensor | None, w_inv_scale: Tensor | None) -> Tensor:
     """The epilogue: int32 sums (M, N) / (x_inv_scale (M, 1) * w_inv_scale (1,) or (N,)), in float32."""
     if x_inv_scale is None or w_inv_scale is None:
@@ -44,12 +49,12 @@ def packed_matmul_reference(
         w = FORMATS[format].unpack(packed[n : n + rows], None, k)
         if group_scale is None:
             scale = w_inv_scale if w_inv_scale is None or w_inv_scale.numel() == 1 else w_inv_scale[n : n + rows]
-            out[:, n : n + rows] = scale_reference(torch._int_mm(x, w.t()), x_inv_scale, scale)
+            out[:, n : n + rows] = scale_reference(int_mm(x, w.t()), x_inv_scale, scale)
             continue
         y = torch.zeros(M, w.shape[0], dtype=torch.float32)
         for g, start in enumerate(range(0, k, group_size)):
             part = slice(start, min(start + group_size, k))
-            y += torch._int_mm(x[:, part].contiguous(), w[:, part].t()).float() * group_scale[n : n + rows, g]
+            y += int_mm(x[:, part].contiguous(), w[:, part].t()).float() * group_scale[n : n + rows, g]
         out[:, n : n + rows] = y if x_inv_scale is None else y / x_inv_scale.view(-1, 1)
     return out
 

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from bitnet_kernels.reference import ABSMAX_FLOOR
+from bitnet_kernels.reference import ABSMAX_FLOOR, int_mm
 
 MAX_INT8_K = (2**31 - 1) // 128**2
 """Most terms of an int8 x int8 sum that surely ends inside int32 (131,071)."""
@@ -32,7 +32,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[1] > MAX_INT8_K:
         raise ValueError(f"sums of {a.shape[1]} int8 products may not fit int32; at most {MAX_INT8_K}")
     if cpu_multiplies_int8_exactly():
-        return torch._int_mm(a, b)
+        return int_mm(a, b)
     return torch.mm(a.double(), b.double()).to(torch.int32)
 
 

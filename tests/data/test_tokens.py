@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bitnet.data.corpora import Reading, open_corpus
 from bitnet.data.datamodule import TokenDataModule
@@ -163,23 +163,6 @@ def test_prepared_folder_is_taken_as_it_is_and_damage_is_noticed(stories, tmp_pa
         file.write(b"\0\0")
     with pytest.raises(UserError, match=r"val\.bin: missing or not of"):
         run_prepare(folder).ids("val")
-
-
-def test_too_little_text_says_how_much_there_is(tmp_path, run_prepare) -> None:
-    (tmp_path / "a.txt").write_text("A few words only.\nAnd a second line of them.")
-    with pytest.raises(UserError, match=r"make 0 rows of data.seq_len = 16; a batch needs 2"):
-        run_prepare(tmp_path / "a.txt")
-
-
-def test_tokenizer_without_end_of_text_is_refused(stories, tmp_path, run_prepare) -> None:
-    plain = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
-    plain.decoder = decoders.ByteLevel()
-    plain.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"data\.eos_token"):
-        run_prepare(stories, tokenizer=str(tmp_path))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"not a tokenizer\.json"):
-        run_prepare(stories, tokenizer=str(tmp_path))
 
 
 def test_rows_predict_every_id_once() -> None:

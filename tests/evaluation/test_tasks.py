@@ -190,12 +190,19 @@ def test_generation_stops_where_the_task_says(forms) -> None:
     assert text == full[: full.index(until)]
 
 
+GOOD = '{"context": "a", "continuation": "b"}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("nothing.jsonl", None, "no such file"),
-        ("empty.jsonl", "", "no JSON object in its first line"),
-        ("list.jsonl", "[1]\n", "no JSON object in its first line"),
+        ("empty.jsonl", "", "no JSON object in it"),
+        ("list.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("cut.jsonl", GOOD + GOOD[:20] + "\n", "line 2 is no JSON object"),
+        ("less.jsonl", GOOD + '{"context": "a"}\n', "line 2 has no continuation"),
+        ("number.jsonl", GOOD + '{"context": "a", "continuation": 3}\n', "line 2 continuation = 3: must be a text"),
+        ("gold.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "gold = 2: must be the number of one"),
         ("odd.jsonl", '{"question": "x"}\n', "its fields are question; a task has one of"),
     ],
 )

@@ -219,15 +219,19 @@ def change(folder: Path, **values: object) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling = {'rope_type': 'yarn'"),
         ({"head_dim": 32}, "config.json: head_dim = 32"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu"),
-        ({"hidden_size": "wide"}, "a size is not a number"),
-        ({"num_attention_heads": 0}, "a size is not a number"),
-        ({"num_hidden_layers": 3}, "layers.2"),
-        ({"num_hidden_layers": 1}, "layers.1"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide': must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0: must be"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers = 3, but the tensors are of 2 layers"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers = 1, but the tensors"),
         ({"intermediate_size": 128}, "its config says"),
         ({"quantization_config": {"quant_method": "gptq"}}, "only 'bitnet' is read"),
         ({"quantization_config": {"quant_method": "bitnet", "use_rms_norm": True}}, "use_rms_norm"),
         ({"quantization_config": {"quant_method": "bitnet", "modules_to_not_convert": ["o_proj"]}}, "must be low-bit"),
         ({"vocab_size": None}, "has no vocab_size"),
+        ({"vocab_size": "300"}, "vocab_size = '300': must be a whole number"),
+        ({"num_key_value_heads": None}, "has no num_key_value_heads"),
+        ({"quantization_config": None}, "has no quantization_config, but the tensors are packed"),
+        ({"quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}}, "mode = online, but"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -271,7 +275,7 @@ def test_an_index_cannot_point_elsewhere(tmp_path) -> None:
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"hf/outside.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"names the file '../outside.safetensors'"):
         Folder(folder)
 
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from bitnet_kernels import FORMATS, MAX_K, packed_matmul
@@ -22,23 +20,6 @@ def needs(isa: Isa) -> None:
 
 def product(x: Tensor, w: Tensor, format: str, **scales: Tensor) -> Tensor:
     return packed_matmul(x, FORMATS[format].pack(w), format, n=w.shape[0], k=w.shape[1], **scales)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(
-    st.sampled_from(RESIDENT), st.integers(0, 9), st.integers(1, 9), st.integers(1, 300), st.sampled_from(list(Isa)),
-    st.integers(0, 2**31),
-)  # fmt: skip
-def test_odd_shapes(format: str, m: int, n: int, k: int, isa: Isa, seed: int) -> None:
-    isa = min(isa, native.best_isa()) if native.best_isa() != Isa.NEON else min(isa, Isa.NEON)
-    x, w = random_int8(m, k, seed), random_levels(format, n, k, seed + 1)
-    before = x.clone()
-    packed = FORMATS[format].pack(w)
-    y = native.packed_matmul(x, packed, FORMATS[format].planes, k, None, None, isa=isa)
-    assert y.dtype == torch.int32
-    assert torch.equal(y.double(), exact(x, w))
-    assert torch.equal(x, before)
-    assert torch.equal(packed, FORMATS[format].pack(w))
 
 
 @pytest.mark.parametrize("isa", list(Isa), ids=lambda isa: isa.name)
@@ -63,17 +44,6 @@ def test_large_and_on_several_threads(format: str, threads: int) -> None:
             assert torch.equal(product(x, w, format).double(), exact(x, w))
     finally:
         torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("k", [255, 256, 257, 258, 259, 131_072, 132_105, 200_000])
-@pytest.mark.parametrize("value", [-128, 127])
-@pytest.mark.parametrize("format", RESIDENT)
-def test_the_largest_sums(format: str, value: int, k: int) -> None:
-    x = torch.full((2, k), value, dtype=torch.int8)
-    w = torch.ones(3, k, dtype=torch.int8)
-    w[1] = -1
-    expected = torch.tensor([[value * k, -value * k, value * k]] * 2, dtype=torch.int32)
-    assert torch.equal(product(x, w, format), expected)
 
 
 def test_inputs_of_any_layout() -> None:
