@@ -29,7 +29,7 @@ sys.addaudithook(hook)
 """
 COMMANDS = {
     "import bitnet": "import bitnet",
-    "every name": "import bitnet; [getattr(bitnet, name) for name in bitnet.__all__]",
+    "what loads Lightning": "from bitnet import LitBitNet, TokenDataModule",
     "bitnet --help": "import sys; from bitnet.__main__ import main; sys.argv = ['bitnet', '--help']; main()",
     "bitnet fit --help": "import sys; from bitnet.__main__ import main; sys.argv = ['bitnet', 'fit', '--help']; main()",
 }
@@ -45,7 +45,7 @@ def events_of(code: str, folder: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-B", "-c", program],
         cwd=folder,
-        env={**environment, "PYTHONPATH": paths, "HOME": home},
+        env={**environment, "PYTHONPATH": paths, "HOME": home, "TMPDIR": folder},  # whose folder Python tries out
         capture_output=True,
         text=True,
     )
