@@ -36,7 +36,7 @@ def command(*arguments: str, before: str = "", **environment: str) -> subprocess
 def test_device_faults(stories, finished_run, tmp_path, tally) -> None:
     fit = tiny_options(stories, tmp_path / "run")
     refused = {
-        "no CUDA, training": ([*fit, "--trainer.accelerator=cuda"], "No supported gpu backend found"),
+        "no CUDA, training": ([*fit, "--trainer.accelerator=cuda"], "the accelerator is not available"),
         "no CUDA, serving": (["bench", "decode", str(finished_run), "--device", "cuda"], "--device cuda: must be cpu"),
         "bad precision": ([*fit, "--trainer.precision=17"], "trainer.precision"),
         "bad dtype": (["pack", str(finished_run), "--out", str(tmp_path / "p"), "--head", "float17"], "float17"),
