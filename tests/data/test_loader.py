@@ -41,28 +41,6 @@ def test_an_epoch_has_each_row_once_and_epochs_differ() -> None:
     assert first_ids(loader([30])) == epochs[0] and first_ids(loader([30], seed=1)) != epochs[0]
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (1, 0), (4, 1)])
-@pytest.mark.parametrize("counts,weights", [([17], None), ([12, 9], [0.3, 0.7])])
-def test_resume_at_every_batch_gives_the_same_order(counts, weights, workers) -> None:
-    whole = loader(counts, weights=weights)
-    order = [b["inputs"] for _ in range(2) for b in whole]
-    per_epoch = len(whole)
-    for stop in range(2 * per_epoch):
-        started = loader(counts, weights=weights, workers=workers[0])
-        seen = []
-        while len(seen) < stop:
-            for batch in started:
-                seen.append(batch["inputs"])
-                if len(seen) == stop:
-                    break
-        resumed = loader(counts, weights=weights, workers=workers[1])
-        resumed.load_state_dict(started.state_dict())
-        rest: list[torch.Tensor] = []
-        while len(seen) + len(rest) < len(order):
-            rest += [b["inputs"] for b in resumed]
-        assert torch.equal(torch.stack(seen + rest), torch.stack(order)), stop
-
-
 @pytest.mark.parametrize("geometry", [((2, 4), (1, 8), (4, 2)), ((2, 4), (1, 3), (2, 5))])
 def test_another_number_of_ranks_or_rows_goes_on_with_the_next_row(geometry) -> None:
     """Five batches with each of (ranks, rows a rank): the order of one process, within an epoch of 107 rows."""

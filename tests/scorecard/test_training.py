@@ -151,14 +151,14 @@ def test_kills_inside_a_save(texts, tmp_path, run_fit, tally) -> None:
 # ---- R3
 
 
-def rows_of_twenty_batches(workers: int = 0) -> TrainLoader:
+def rows_of_twenty_batches(workers: int = 0, weights: list[float] | None = None) -> TrainLoader:
     """20 batches of 3 rows an epoch and two rows that fill none; the first id of a row tells which it is."""
     sources = [np.arange(1000 * i, 1000 * i + n * 4 + 1, dtype=np.uint16) for i, n in enumerate((41, 21))]
-    return TrainLoader(sources, 4, 3, workers=workers)
+    return TrainLoader(sources, 4, 3, weights=weights, workers=workers)
 
 
 @pytest.mark.check(
-    "R3", "stopped at any of 40 batch borders, the rows go on in the same order, none lost, none twice", 160
+    "R3", "stopped at any of 40 batch borders, the rows go on in the same order, none lost, none twice", 320
 )
 def test_order_of_rows(tally) -> None:
     def batches(loader: TrainLoader, count: int) -> list[list[int]]:
@@ -166,20 +166,23 @@ def test_order_of_rows(tally) -> None:
         endless = (batch for _ in itertools.count() for batch in loader)
         return [batch["inputs"][:, 0].tolist() for batch in itertools.islice(endless, count)]
 
-    whole = batches(rows_of_twenty_batches(), 40)
     ids = {4 * row for row in range(41)} | {1000 + 4 * row for row in range(21)}
-    for epoch in (whole[:20], whole[20:]):
-        drawn = [i for batch in epoch for i in batch]
-        assert len(set(drawn)) == 60 and set(drawn) <= ids
-    assert whole[:20] != whole[20:]
-    for before, behind in itertools.product((0, 2), (0, 2)):
-        for stop in range(40):
-            loader, resumed = rows_of_twenty_batches(before), rows_of_twenty_batches(behind)
-            seen = batches(loader, stop)
-            resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
-            loader.feed.close()
-            tally(seen + batches(resumed, 40 - stop) == whole, f"workers {before}, {behind}: stop at {stop}")
-            resumed.feed.close()
+    for weights in (None, [0.3, 0.7]):
+        whole = batches(rows_of_twenty_batches(weights=weights), 40)
+        for epoch in (whole[:20], whole[20:]):
+            drawn = [i for batch in epoch for i in batch]
+            assert set(drawn) <= ids and (weights is not None or len(set(drawn)) == 60)
+        assert whole[:20] != whole[20:]
+        for before, behind in itertools.product((0, 2), (0, 2)):
+            for stop in range(40):
+                loader = rows_of_twenty_batches(before, weights)
+                resumed = rows_of_twenty_batches(behind, weights)
+                seen = batches(loader, stop)
+                resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+                loader.feed.close()
+                held = seen + batches(resumed, 40 - stop) == whole
+                tally(held, f"weights {weights}, workers {before}, {behind}: stop at {stop}")
+                resumed.feed.close()
 
 
 # ---- R4
