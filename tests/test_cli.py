@@ -1,6 +1,9 @@
 """The command line: run folders, shipped configs, and one clear line with exit code 2 for each kind of bad input."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -190,7 +193,7 @@ def test_inspect_config_and_run(finished_run, capsys) -> None:
     assert "3,151,104" in out and "export hf" in out
     assert bitnet(["inspect", str(finished_run)]) == 0
     out = capsys.readouterr().out
-    assert "layers.0.attention.wq" in out and "1 / inv_scale" in out
+    assert "layers.0.attention.wq" in out and "scale" in out
 
 
 def test_prepare_makes_a_folder_that_fit_takes(stories, tmp_path, run_fit, capsys) -> None:
@@ -212,3 +215,24 @@ def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(
     capsys.readouterr()
     line = error_of(capsys, fit([*options, "--model.config.n_layers=1"]))
     assert "model.config.n_layers is 2 there and 1 here" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing(finished_run, tmp_path, monkeypatch, capsys, number) -> None:
+    from bitnet.interchange import exporting
+
+    def stopped(folder: Path, *args: object, **options: object) -> None:
+        (folder / "half").write_text("written")
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(exporting, "write_hf", stopped)
+    arguments = ["export", str(finished_run), "--format", "hf", "--out", str(tmp_path / "out")]
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit) as ended:
+            bitnet(arguments)
+        assert ended.value.code == 143
+    else:
+        assert bitnet(arguments) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,8 @@ def test_edges_of_the_range(tally) -> None:
             for dtype in DTYPES:
                 for magnitude in MAGNITUDES:
                     layer = layer_of(kind, bits).to(dtype)
+                    if not magnitude:
+                        torch.nn.init.zeros_(layer.weight)
                     generator = torch.Generator().manual_seed(1)
                     x = torch.randn(3, 96, generator=generator).clamp(-1, 1) * magnitude
                     x = x.to(dtype)
@@ -44,8 +46,9 @@ def test_edges_of_the_range(tally) -> None:
                     x.requires_grad_()
                     y = layer(x)
                     y.float().sum().backward()
-                    finite = all(bool(t.isfinite().all()) for t in (y, x.grad, layer.weight.grad))
-                    zero = torch.equal(y[0], torch.zeros_like(y[0]))
+                    parts = (*ACTIVATION_QUANTIZERS[bits](x), *WEIGHT_QUANTIZERS[kind](layer.weight))
+                    finite = all(bool(t.isfinite().all()) for t in (y, x.grad, layer.weight.grad, *parts))
+                    zero = not y[0].any() and not parts[0][0].any()
                     tally(finite and zero, f"{kind} {bits} bits {dtype} {magnitude}: finite {finite}, zero {zero}")
 
 
@@ -173,7 +176,7 @@ def test_products(tally) -> None:
         tally(held, f"{m} x {n} x {k} {format} {layout} {isa.name}")
 
 
-@pytest.mark.check("N5", "the largest sums are exact, and more inputs than a sum can hold are refused", 40)
+@pytest.mark.check("N5", "the largest sums are exact, and more inputs than a sum can hold are refused", 42)
 def test_largest_sums(tally) -> None:
     for format in RESIDENT:
         for value in (-128, 127):
@@ -189,6 +192,8 @@ def test_largest_sums(tally) -> None:
         layer.weight[0, 0] = -1.0
         total = layer(torch.ones(1, MAX_EXACT_K)).double() * 127.0 * layer.quantized_weight()[1].double()
     tally(round(total.item()) == 127 * (MAX_EXACT_K - 2), "the layer at its limit")
+    tally(127 * MAX_EXACT_K <= 2**24 < 127 * (MAX_EXACT_K + 1), "the limit of the layer is where float32 ends")
+    tally(2 * 128 * MAX_K < 2**31 <= 2 * 128 * (MAX_K + 1), "the limit of the kernel is where int32 ends")
     one = torch.zeros(1, 64, dtype=torch.uint8)
 
     def refused(call) -> bool:
