@@ -112,7 +112,7 @@ class BitLinear(nn.Linear):
             self._levels = None
             return self._quantize()
         key = tuple(
-            (local_part(p.detach()).data_ptr(), p.dtype, p.is_inference() or p._version)
+            (local_part(p).detach().data_ptr(), p.dtype, p.is_inference() or p._version)
             for p in self.parameters(recurse=False)
         )
         if self._levels is None or self._levels[0] != key:
@@ -120,7 +120,7 @@ class BitLinear(nn.Linear):
         return self._levels[1]
 
     def _quantize(self) -> Levels:
-        weight, quantizer = local_part(self.weight.detach()), WEIGHT_QUANTIZERS[self.weight_kind]
+        weight, quantizer = local_part(self.weight).detach(), WEIGHT_QUANTIZERS[self.weight_kind]
         scale = self.shared_scale
         if scale is None:
             scale = quantizer.scale(quantizer.statistics(weight), weight.numel())
@@ -135,7 +135,7 @@ class BitLinear(nn.Linear):
     def local_levels(self) -> Tensor:
         """int8 levels of the piece of a spread weight that this process keeps; needs ``share_scales``."""
         assert self.shared_scale is not None
-        return WEIGHT_QUANTIZERS[self.weight_kind].int8_levels(local_part(self.weight.detach()), self.shared_scale)
+        return WEIGHT_QUANTIZERS[self.weight_kind].int8_levels(local_part(self.weight).detach(), self.shared_scale)
 
     def _int8(self, weight: Tensor, scale: WeightScale) -> Tensor:
         if self.weight_holds_levels:

@@ -70,7 +70,7 @@ def share_scales(layers: Iterable[Any], group: Any = None) -> None:
     layers = [layer for layer in layers if layer.needs_whole_scale]
     if not layers:
         return
-    pieces = [WEIGHT_QUANTIZERS[layer.weight_kind].statistics(local_part(layer.weight.detach())) for layer in layers]
+    pieces = [WEIGHT_QUANTIZERS[layer.weight_kind].statistics(local_part(layer.weight).detach()) for layer in layers]
     sums = torch.stack(pieces)
     dist.all_reduce(sums, group=group)
     for layer, of_matrix in zip(layers, sums, strict=True):
