@@ -282,23 +282,25 @@ class Runner:
         """Train; return the error line of a run that fails."""
         number = self.finished() + len(self.failed) + 1
         print(f"run {number} of {len(self.sweep.runs)}: {run.text}", flush=True)
-        child = subprocess.Popen(self.command(run), stderr=subprocess.PIPE, pass_fds=(lock.fileno(),))
-        assert child.stderr is not None
         lines = [""]
-        try:
+        with (
+            subprocess.Popen(self.command(run), stderr=subprocess.PIPE, pass_fds=(lock.fileno(),)) as child,
             # Untranslated, so that a line that is drawn over itself still is.
-            for line in io.TextIOWrapper(child.stderr, encoding="utf-8", errors="replace", newline=""):
-                sys.stderr.write(line)
-                sys.stderr.flush()
-                lines = [*lines[-50:], line.strip()] if line.strip() else lines
-            code = child.wait()
-        except BaseException:
-            _end(child)
-            raise
+            io.TextIOWrapper(child.stderr, encoding="utf-8", errors="replace", newline="") as said,  # type: ignore[type-var]
+        ):
+            try:
+                for line in said:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+                    lines = [*lines[-50:], line.strip()] if line.strip() else lines
+                code = child.wait()
+            except BaseException:
+                _end(child)
+                raise
         if code == 0:
             return None
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (said or lines)[-1] or f"it ended with exit code {code}."
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (errors or lines)[-1] or f"it ended with exit code {code}."
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

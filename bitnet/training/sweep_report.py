@@ -156,7 +156,12 @@ def plot(sweep: Sweep, points: list[Point], file: Path) -> None:
         line.sort(key=lambda pair: pair[0])
         means = [(x, float(np.mean(point.values("val/loss")))) for x, point in line]
         dots = [(x, value) for x, point in line for value in point.values("val/loss")]
-        style = {"linestyle": "-" if found else "none", "linewidth": 1.2, "marker": "_", "markersize": 14}
+        style: dict[str, Any] = {
+            "linestyle": "-" if found else "none",
+            "linewidth": 1.2,
+            "marker": "_",
+            "markersize": 14,
+        }
         axes.plot(*zip(*means, strict=True), color=color, **style)
         axes.plot(*zip(*dots, strict=True), marker, color=color, alpha=0.6, markersize=5, label=label)
     if found and is_geometric(found):
