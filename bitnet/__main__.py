@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from bitnet.commands import compare, exchange, look, measure, quantize, replay, serve
+from bitnet.commands import compare, exchange, look, measure, quantize, replay, serve, sweep
 from bitnet.commands.parser import OneLineArgumentParser, adder
 from bitnet.errors import UserError, did_you_mean, of_the_machine
 
@@ -41,16 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
     measure.add(command, commands)
     look.add(command)
     replay.add(command)
+    sweep.add(command)
     return parser
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """Parse; ``inspect`` passes options that it does not know on to the config, ``quantize`` to the recipe."""
+    """Parse; ``inspect`` and ``sweep`` pass options that they do not know to the config, ``quantize`` to the recipe."""
     parser = build_parser()
     known, rest = parser.parse_known_args(args)
     if known.command == "quantize":
         known.recipe_options = rest
-    elif rest and known.command == "inspect":
+    elif known.command in ("inspect", "sweep"):
         known.overrides = rest
     elif rest:
         path = [known.command, known.what] if known.command == "bench" else [known.command]
@@ -91,7 +92,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         with _sigterm_cleans_up():
             known = parse(args)
-            known.run(known)
+            return int(known.run(known) or 0)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         said = error if isinstance(error, UserError) else of_the_machine(error)
         if "--debug" in args or said is None:
@@ -103,7 +104,6 @@ def main(args: list[str] | None = None) -> int:
             raise
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class OneLineArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}.{near}")
 
 
-Run = Callable[[argparse.Namespace], None]
+Run = Callable[[argparse.Namespace], int | None]
+"""A subcommand; what it returns is the exit code, and None is 0."""
 
 
 class AddCommand(Protocol):
