@@ -49,7 +49,7 @@ def sweep(args: argparse.Namespace) -> int:
     elif not out.is_dir():
         raise UserError(f"--out {out}: there is no sweep yet; leave --report out to run it.")
     write_report(wanted, runner.errors())
-    for name in sorted(runner.busy):
+    for name in runner.under_way():
         print(f"{name}: under way in another process; --report shows the table again")
     return 1 if runner.failed else 0
 

@@ -131,7 +131,7 @@ class Sweep:
             names += [value] if option in ("--config", "-c") else []
             names += [option.removeprefix("--config=")] if option.startswith("--config=") else []
         contents = [find_config(name).read_text(encoding="utf-8") for name in names]
-        return hashlib.sha256(json.dumps([self.options, contents]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.options, contents]).encode()).hexdigest()[:16]
 
 
 def check(sweep: Sweep) -> None:
@@ -203,10 +203,11 @@ class Runner:
     def run(self) -> None:
         """Run what is not finished; each run that fails is noted, and tried again in the next call."""
         self.sweep.out.mkdir(parents=True, exist_ok=True)
+        storage = self._storage()  # before .locks: by this file another process knows the folder of a sweep
         (self.sweep.out / ".locks").mkdir(exist_ok=True)
-        storage = self._storage()
-        seen = optuna.get_all_study_summaries(storage)
-        if any(study.user_attrs.get("fingerprint") != self.sweep.fingerprint() for study in seen):
+        # Part of the name, and no attribute: a study that another process is making has its name from the start.
+        same = f"options {self.sweep.fingerprint()}"
+        if not all(same in study.study_name for study in optuna.get_all_study_summaries(storage)):
             raise UserError(
                 f"--out {self.sweep.out}: holds a sweep with other options or another config; give another --out."
             )
@@ -220,11 +221,14 @@ class Runner:
             if not self._todo():
                 return
             sampler = optuna.samplers.GridSampler(space, seed=0)
-            name = f"{json.dumps(space)}, pass {number}"
+            name = f"{json.dumps(space)}, {same}, pass {number}"
             study = optuna.create_study(storage=storage, sampler=sampler, study_name=name, load_if_exists=True)
-            study.set_user_attr("fingerprint", self.sweep.fingerprint())
             if not sampler.is_exhausted(study):
                 study.optimize(self._trial, catch=(RunFailed,))
+
+    def under_way(self) -> list[str]:
+        """Runs that another process was at, and has not finished since."""
+        return [name for name in sorted(self.busy) if figures(self._runs[name]) is None]
 
     def errors(self) -> dict[str, str]:
         """Run -> error line of the newest try, for runs that are not finished."""
