@@ -81,6 +81,7 @@ def test_report_has_means_and_deviations_of_the_run_folders(done, stories, capsy
     assert (done / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing_and_a_larger_grid_only_what_is_new(done, stories, capfd) -> None:
     stamps = {file: file.stat().st_mtime_ns for file in done.glob("*/summary.json")}
     assert main(sweep(stories, done, *GRID, "--seeds=2", "--config", "overlays/muon")) == 0
@@ -97,6 +98,7 @@ def test_other_options_do_not_mix_with_a_sweep(done, stories, capsys) -> None:
     assert f"--out {done}: holds a sweep with other options or another config" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failing_point_is_noted_and_the_others_go_on(stories, tmp_path, capfd) -> None:
     """A learning rate that is refused and one that ends in NaN, both tried again by the next call."""
     command = sweep(stories, tmp_path / "s", "--grid", "model.optim.lr=-1,1e30,5e-3")
@@ -121,6 +123,7 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_with_the_same_figures(stories, tmp_path, run_fit, capfd) -> None:
     """Stopped inside a run; while it runs, a second process leaves that run alone."""
     out, steps = tmp_path / "s", ("--trainer.max_steps=300", "--trainer.val_check_interval=150")
