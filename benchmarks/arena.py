@@ -1,11 +1,14 @@
 """Recipes side by side: the same tokens, the same sizes, three seeds, and a float twin that is tuned as hard.
 
     python benchmarks/arena.py --novels DIR [--rows a,b] [--seeds 3] [--runs DIR] [--test] [--out benchmarks/results]
+    python benchmarks/arena.py --novels DIR --ladder [--rows a,b] [--runs DIR] [--out benchmarks/results]
+    python benchmarks/arena.py --novels DIR --trials FILE [--runs DIR] [--out benchmarks/results]
 
 ``DIR`` holds the corpus computationalstylistics/100_english_novels, one .txt.xz for each book. Every run trains on
 twelve of them by ``bitnet fit`` on one thread, in ``--runs``; finished ones are kept. Then every model is packed,
 proven to have the logits it had, and scored as packed on two other books. Choices are made by those; ``--test`` adds
-the column of two more that were named before any run: it is for the end.
+the column of two more that were named before any run: it is for the end. ``--trials`` runs what a YAML file or
+a result of former trials lists: one seed, half as long, to find what is worth a row.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from bitnet.checkpoint import load_checkpoint
 from bitnet.data.corpora import Reading
@@ -40,13 +44,18 @@ VALIDATION = ("Doyle_Hound_1902", "Trollope_Warden_1855")
 TEST = ("Stevenson_Catriona_1893", "Gissing_Women_1893")
 
 FLOAT = {"model.recipe.weight": "none", "model.recipe.act_bits": "none", "model.schedule.weight_decay_until": 1.0}
-PLAIN = {  # Microsoft's training tips; AdamW's rate is the best of 4e-3, 8e-3, 1.6e-2 (600 steps)
+ADAMW = {"model.config.init_std": 0.09}  # dim ** -0.5; Muon does better with 0.02 (docs/recipes/pretraining.md)
+PLAIN = {  # Microsoft's training tips; rate and initial deviation are the best of seven (600 steps)
+    **ADAMW,
     "model.schedule.kind": "two_stage", "model.schedule.weight_decay_until": 0.5, "model.optim.weight_decay": 0.1,
     "model.optim.betas": "[0.9, 0.95]", "model.optim.lr": 8e-3,
 }  # fmt: skip
-MUON = {"model.optim.kind": "muon", "model.optim.lr": 4e-3, "model.optim.matrix_lr": 1.6e-2}
+MUON = {
+    "model.optim.kind": "muon", "model.optim.lr": 1.6e-2,
+    "model.schedule.kind": "wsd", "model.schedule.decay_fraction": 0.5,
+}  # fmt: skip
 BINARY = {"model.recipe.weight": "binary"}
-LATE = {"model.recipe.quantize_from": 0.4}
+LATE = {"model.recipe.quantize_from": 0.4, "model.recipe.quantizer_warmup": 240}  # blended in up to 60 %
 
 ROWS: dict[str, dict[str, Any]] = {
     "float": {**FLOAT, **MUON},
@@ -54,11 +63,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "our ternary": {**MUON, **LATE},
     "plain b1": {**PLAIN, **BINARY},
     "our binary": {**MUON, **LATE, **BINARY},
-    "float with AdamW": {**FLOAT, "model.optim.lr": 4e-3},
+    "float with AdamW": {**FLOAT, **ADAMW, "model.optim.lr": 4e-3},
+    "ternary from the start": MUON,
 }
 """Options of ``bitnet fit`` on top of s.yaml, by the name of the row."""
 
-LADDER = ("float", "our ternary", "our binary")
+LADDER = ("float", "our ternary")
+"""Rows that are compared at several widths unless ``--rows`` says others."""
 WIDTHS = (64, 96, 128, 192)
 
 
@@ -69,9 +80,22 @@ def books(folder: Path, names: tuple[str, ...]) -> list[str]:
     return [str(folder / f"{name}.txt.xz") for name in names]
 
 
+def check_options(folder: Path, options: dict[str, Any]) -> None:
+    """Refuse to take a run for one with ``options`` that was trained with others."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    for key, value in options.items():
+        found = config
+        for part in key.split("."):
+            found = found[part] if part in found else found["init_args"][part]
+        if str(found) != str(value):
+            raise SystemExit(f"{folder}: was trained with {key} = {found}, not {value}; give another --runs")
+
+
 def train(options: dict[str, Any], novels: Path, folder: Path) -> dict[str, Any]:
     """The summary of a run; one that is finished is not run again, one that was stopped goes on."""
     summary = folder / "summary.json"
+    if (folder / "config.yaml").is_file():
+        check_options(folder, options)
     if not summary.is_file():
         given = {
             "data.path": json.dumps(books(novels, TRAIN)),
@@ -83,6 +107,8 @@ def train(options: dict[str, Any], novels: Path, folder: Path) -> dict[str, Any]
         command += [f"--{key}={value}" for key, value in given.items()]
         if (folder / "checkpoints" / "last.ckpt").is_file():
             command.append("--ckpt_path=last")
+        elif folder.exists():
+            command.append("--overwrite")  # stopped before its first checkpoint
         subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     return dict(json.loads(summary.read_text(encoding="utf-8")))
 
@@ -111,32 +137,68 @@ def spread(values: list[float]) -> str:
 
 
 def table(rows: dict[str, Any], with_test: bool) -> str:
-    """Markdown; gaps are to the row ``float``, shares are of the gap of the plain recipe of that kind."""
-    mean = {name: statistics.mean(run["validation"]["nats_per_token"] for run in runs) for name, runs in rows.items()}
+    """Markdown; gaps are to ``float`` with the same seed, shares are of the gap of the plain recipe of that kind."""
+    nats = {name: [run["validation"]["nats_per_token"] for run in runs] for name, runs in rows.items()}
+    gaps = {name: [a - b for a, b in zip(found, nats.get("float", ()), strict=False)] for name, found in nats.items()}
     head = ["recipe", "nats per token", "bits per byte", "gap to float", "of the plain gap", "tokens/s"]
     head += ["test: bits per byte"] if with_test else []
     lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
     for name, runs in rows.items():
         plain = "plain b1" if "binary" in name or name == "plain b1" else "plain b1.58"
-        gap = mean[name] - mean.get("float", float("nan"))
-        whole = mean.get(plain, float("nan")) - mean.get("float", float("nan"))
-        share = "-" if "float" in name else f"{gap / whole:.0%}"
+        known = "float" not in name and gaps[name] and gaps.get(plain)
+        share = f"{sum(gaps[name]) / sum(gaps[plain]):.0%}" if known else "-"
         cells = [name, *(spread([r["validation"][k] for r in runs]) for k in ("nats_per_token", "bits_per_byte"))]
-        cells += [f"{gap:+.4f}", share, f"{statistics.mean(r['tokens_per_s'] for r in runs):,.0f}"]
+        cells += [
+            spread(gaps[name]) if gaps[name] else "-",
+            share,
+            f"{statistics.mean(r['tokens_per_s'] for r in runs):,.0f}",
+        ]
         cells += [spread([r["test"]["bits_per_byte"] for r in runs])] if with_test else []
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def ladder(novels: Path, runs: Path, out: Path | None) -> None:
-    """The rows of ``LADDER`` at four widths, compared as they are stored on the validation books."""
+def trials(file: Path, novels: Path, runs: Path, out: Path | None) -> None:
+    """Train each of ``runs`` in ``file`` on seed 0 and write them down, in that order, with what they reached.
+
+    A run is its ``options`` on top of s.yaml and a ``name``; ``{NAME}`` in a value is the folder of that run.
+    """
+    listed = yaml.safe_load(file.read_text(encoding="utf-8"))["runs"]
+    steps = {"trainer.max_steps": 600, "trainer.val_check_interval": 600, "seed_everything": 0, "data.seed": 0}
+    folders, done = {}, []
+    for number, run in enumerate(listed):
+        name = run.get("name", f"{file.stem}_{number}")
+        folders[name] = runs / name.replace(" ", "_")
+        options = {k: v.format_map(folders) if isinstance(v, str) else v for k, v in run["options"].items()}
+        summary = train({**steps, **options}, novels, folders[name])
+        figures = summary["figures"]
+        reached = {"val_nats_per_token": figures["val/loss"], "val_bits_per_byte": figures["val/bpb"]}
+        reached |= {"train_nats_per_token": figures["train/loss"], "seconds": summary["seconds"]}
+        done.append({"name": name, "options": run["options"], **reached})
+        print(f"{name}: {figures['val/loss']:.4f} nats per token", flush=True)
+    for run in sorted(done, key=lambda run: run["val_nats_per_token"]):
+        print(f"{run['val_nats_per_token']:8.4f}  {run['name']}")
+    if out:
+        write(out / f"arena_s_{file.stem.partition('_cpu_')[0].removeprefix('arena_s_')}", {"steps": 600, "runs": done})
+
+
+def write(name: Path, result: dict[str, Any]) -> None:
+    """``result`` as JSON with date, commit and torch, in a file of today."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head = {"date": str(datetime.date.today()), "commit": commit.stdout.strip(), "torch": torch.__version__}
+    file = name.with_name(f"{name.name}_cpu_{head['date']}.json")
+    file.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
+
+
+def ladder(names: list[str], novels: Path, runs: Path, out: Path | None) -> None:
+    """Rows at four widths, compared as they are stored on the validation books."""
     folders = []
-    for name in LADDER:
+    for name in names:
         for width in WIDTHS:
-            folder = runs / f"{name.replace(' ', '_')}_dim{width}"
+            folder = runs / f"{name.replace(' ', '_')}_{0 if width == 128 else f'dim{width}'}"  # 128 is s.yaml's
             sizes = {"dim": width, "n_heads": width // 32, "ffn_dim": 3 * width}
             options = {**ROWS[name], **{f"model.config.{key}": value for key, value in sizes.items()}}
-            train({"seed_everything": 0, **options}, novels, folder)
+            train({"seed_everything": 0, "data.seed": 0, **options}, novels, folder)
             folders.append(str(folder))
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "validation.txt"
@@ -159,13 +221,17 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/arena"))
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
+    parser.add_argument("--trials", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.ladder:
-        ladder(args.novels, args.runs, args.out)
+    if args.trials:
+        trials(args.trials, args.novels, args.runs, args.out)
         return
-    chosen = args.rows.split(",") if args.rows else list(ROWS)
+    chosen = args.rows.split(",") if args.rows else list(LADDER if args.ladder else ROWS)
+    if args.ladder:
+        ladder(chosen, args.novels, args.runs, args.out)
+        return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for seed in range(args.seeds):  # the seeds outside, so that a table of fewer is there early
         for name in chosen:
@@ -181,11 +247,8 @@ def main() -> None:
     text = table(found, args.test)
     print(text)
     if args.out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        result = {"date": str(datetime.date.today()), "commit": commit.stdout.strip(), "torch": torch.__version__}
-        result |= {"train": TRAIN, "validation": VALIDATION, "test": TEST, "rows": found, "table": text.splitlines()}
-        file = args.out / f"arena_s_cpu_{datetime.date.today()}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        given = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+        write(args.out / "arena_s", {**given, "rows": found, "table": text.splitlines()})
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def engines(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[int],
         if args.llama_bench:
             found[f"llama.cpp TQ2_0, {type_} head"] = lambda t, m=model: by_llama_bench(args.llama_bench, m, t)  # type: ignore[misc]
     if args.ik_bench and args.ik_quantize:
-        full, packed = folder / "f32.gguf", folder / "iq2_bn.gguf"
+        full = folder / "f32.gguf"
         write_gguf(full, "F32", "F16")
         for kind in ("IQ2_BN", "IQ2_BN_R4"):
             packed = folder / f"{kind}.gguf"

@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="variants beside float, by name, with semicolons between them")
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds {args.seeds}: a spread needs at least 2")
     torch.set_num_threads(args.threads)
     chosen = {n: how for n, how in VARIANTS.items() if not args.only or n == "float" or n in args.only.split(";")}
     losses: dict[str, list[float]] = {name: [] for name in chosen}

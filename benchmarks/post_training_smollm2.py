@@ -103,10 +103,14 @@ def main() -> None:
     args = parser.parse_args()
     file = Path(args.json)
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-    results["about"] = {
-        "date": str(datetime.date.today()), "python": platform.python_version(), "threads": args.threads,
-        "text": Path(args.text).name, "windows": args.windows, "seq_len": args.seq_len, "calibration_rows": args.rows,
+    settings = {
+        "threads": args.threads, "text": Path(args.text).name, "windows": args.windows, "seq_len": args.seq_len,
+        "calibration_rows": args.rows,
     }  # fmt: skip
+    before = results.get("about", {})
+    if changed := {key: before[key] for key in settings if before and before[key] != settings[key]}:
+        parser.error(f"{file}: its rows were measured with {changed}; give another --json")
+    results["about"] = {"date": str(datetime.date.today()), "python": platform.python_version(), **settings}
     rows = results["rows"]
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         if "float" not in rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -92,7 +93,13 @@ def main(args: list[str] | None = None) -> int:
     try:
         with _sigterm_cleans_up():
             known = parse(args)
-            return int(known.run(known) or 0)
+            code = int(known.run(known) or 0)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # Whoever read stdout has gone, as ``head`` does. What is still in the buffer goes nowhere, or Python complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         said = error if isinstance(error, UserError) else of_the_machine(error)
         if "--debug" in args or said is None:

@@ -20,7 +20,7 @@ from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.model import Transformer, without_memory
 from bitnet.recipes import RECIPES, Recipe
-from bitnet.sharded_checkpoint import is_sharded, read_sharded
+from bitnet.sharded_checkpoint import damage_of_parts, is_sharded, read_sharded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -98,6 +98,8 @@ def damage(file: Path) -> str:
     ``torch.load`` does not look at the checksums, but they find every changed bit, and 2^-32 of larger damage passes.
     What lies outside of the entries cannot change a value: ``torch.load`` finds its way, or fails.
     """
+    if file.is_dir():
+        return damage_of_parts(file)
     try:
         check_checkpoint_file(file)
     except UserError as error:
@@ -121,8 +123,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     sharded = is_sharded(file)
     if not sharded:
         check_checkpoint_file(file)
-        if why := damage(file):
-            raise UserError(f"{file}: not a readable checkpoint ({why}).")
+    if why := damage(file):
+        raise UserError(f"{file}: not a readable checkpoint ({why}).")
     try:
         content = read_sharded(file) if sharded else torch.load(file, map_location="cpu", weights_only=True)
     except UserError:

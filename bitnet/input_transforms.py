@@ -38,7 +38,8 @@ def top_half(x: Tensor) -> Tensor:
     """x (..., K) -> its ceil(K / 2) largest magnitudes in their places, 0 elsewhere; equal ones are all kept."""
     kept = -(-x.shape[-1] // 2)
     least = x.detach().abs().kthvalue(x.shape[-1] - kept + 1, dim=-1, keepdim=True).values
-    return torch.where(x.detach().abs() >= least, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    # Asked this way round a NaN is kept.
+    return torch.where(x.detach().abs() < least, torch.zeros((), dtype=x.dtype, device=x.device), x)
 
 
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {"hadamard": hadamard, "top_half": top_half}

@@ -3,6 +3,8 @@
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from bitnet.checkpoint import read_checkpoint, weights_digest
 from bitnet.training.cli import main as fit
 
+from .conftest import ROOT
+
 STREAM = ("--data.streaming=true", "--data.stream_block=3", "--data.stream_val_bytes=2000")
 WINDOW = ("--trainer.accumulate_grad_batches=3",)
 SAVES_AT_THE_END = (
@@ -19,6 +23,21 @@ SAVES_AT_THE_END = (
     '{"every_n_train_steps":1000000}}]'
 )
 WORKERS = ("--data.workers=2",)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process that imports this checkout, with one thread unless ``more`` says otherwise."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+
+
+def run_python(*arguments: str, code: int = 0, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` in a process of its own, which must end with ``code``; ``more`` is environment."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
 
 
 def run_digest(folder: Path) -> dict[str, str]:

@@ -114,8 +114,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomically({}, tmp_path / "file" / "last.ckpt")
+
+
 def test_stale_partial_files_are_removed(tmp_path) -> None:
     (tmp_path / f".last.ckpt.1{PARTIAL_SUFFIX}").write_bytes(b"half")
     (tmp_path / "last.ckpt").write_bytes(b"whole")
-    assert len(remove_partial_files(tmp_path)) == 1
+    (tmp_path / f"last.ckpt{PARTIAL_SUFFIX}").mkdir()
+    (tmp_path / f"last.ckpt{PARTIAL_SUFFIX}" / "meta.pt").write_bytes(b"half of a folder of parts")
+    assert len(remove_partial_files(tmp_path)) == 2
     assert [p.name for p in Path(tmp_path).iterdir()] == ["last.ckpt"]

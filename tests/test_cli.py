@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import yaml
 
 from bitnet.__main__ import main as bitnet
 from bitnet.training.cli import main as fit
-from bitnet.training.run_folder import find_run, new_run_folder
+from bitnet.training.run_folder import find_run, is_first_process, new_run_folder, run_family
 
 from .conftest import tiny_options
+from .runs import environment
 
 
 def error_of(capsys: pytest.CaptureFixture[str], code: int) -> str:
@@ -53,6 +56,16 @@ def test_debug_shows_the_traceback(tmp_path) -> None:
         fit([*tiny_options(tmp_path / "no.txt", tmp_path / "run"), "--debug"])
 
 
+def test_a_reader_that_goes_is_no_error() -> None:
+    """As in ``bitnet inspect tiny | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bitnet", "inspect", "tiny"]
+    done = subprocess.run(command, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 # ---- run folders
 
 
@@ -78,7 +91,65 @@ def test_overwrite_spares_folders_that_are_no_runs(tmp_path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_a_run_that_began_in_the_meantime_is_not_deleted(stories, tmp_path, monkeypatch, capsys) -> None:
+    """Two runs that start together may have chosen the same folder."""
+    folder = tmp_path / "run"
+
+    def chosen(root: Path, overwrite: bool) -> Path:
+        folder.mkdir()
+        (folder / "config.yaml").write_text("of the other one")
+        return root
+
+    monkeypatch.setattr("bitnet.training.cli.new_run_folder", chosen)
+    assert fit([*tiny_options(stories, folder), "--trainer.max_steps=1"]) == 2
+    assert "another run has begun there in the meantime" in capsys.readouterr().err
+    assert [file.name for file in folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (["--trainer.max_steps=-1", "--trainer.max_time=00:00:01:00"], "the schedule must know where the run ends"),
+        (
+            ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=6"],
+            "trainer.val_check_interval = 6: counts batches, and must be a multiple of "
+            "trainer.accumulate_grad_batches = 4; try 4.",
+        ),
+    ],
+)
+def test_runs_without_end_and_validation_inside_a_window_are_refused(stories, tmp_path, capsys, options, said) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("of an old run")
+    assert fit([*tiny_options(stories, tmp_path / "run"), *options, "--overwrite"]) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == "of an old run"
+
+
+def test_an_interval_beyond_the_end_means_never(stories, tmp_path) -> None:
+    options = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=10000", "--trainer.max_steps=1"]
+    assert fit([*tiny_options(stories, tmp_path / "run"), *options]) == 0
+
+
+def test_one_callback_need_not_be_a_list(stories, tmp_path) -> None:
+    one = '--trainer.callbacks={"class_path":"bitnet.training.callbacks.LastCheckpoint"}'
+    assert fit([*tiny_options(stories, tmp_path / "run"), one, "--trainer.max_steps=1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "environment,first",
+    [({}, True), ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, False), ({"RANK": "0", "LOCAL_RANK": "1"}, True)],
+)
+def test_the_first_process_is_who_the_launcher_says(monkeypatch, environment, first) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == first
+
+
 def test_last_is_the_newest_of_the_family_and_files_name_their_run(tmp_path) -> None:
+    (tmp_path / "a[1]-2").mkdir()
+    assert run_family(tmp_path / "a[1]") == [tmp_path / "a[1]-2"]
     for name in ("run", "run-2", "run-10", "run-x"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         torch.save({}, tmp_path / name / "checkpoints" / "last.ckpt")
@@ -220,6 +291,9 @@ def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_export_leaves_nothing(finished_run, tmp_path, monkeypatch, capsys, number) -> None:
     from bitnet.interchange import exporting
+
+    # What a shell starts in the background, these tests perhaps, ignores Ctrl-C unless it is told otherwise.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stopped(folder: Path, *args: object, **options: object) -> None:
         (folder / "half").write_text("written")

@@ -52,6 +52,14 @@ def test_top_half_keeps_the_largest(k) -> None:
     assert torch.equal(grad, (y != 0).float())
 
 
+@pytest.mark.parametrize("transform", [top_half, hadamard])
+def test_nan_stays_nan(transform) -> None:
+    x = torch.randn(2, 8)
+    x[1, 3] = float("nan")
+    y = transform(x)
+    assert y[0].isfinite().all() and y[1].isnan().any()
+
+
 @pytest.mark.parametrize("scale_per", ["matrix", 32])
 @pytest.mark.parametrize("act_bits", [8, 4])
 @pytest.mark.parametrize("transform", ["hadamard", "top_half"])

@@ -77,8 +77,9 @@ def test_late_four_bits_and_what_is_served() -> None:
         assert recipe.served(step, 100) == BitNet(act_bits=bits)
 
 
-def test_warmup_reaches_one() -> None:
-    recipe, model = BitNet(quantizer_warmup=10), Transformer(CONFIG)
+@pytest.mark.parametrize("warmup", [10, 0.1])
+def test_warmup_reaches_one(warmup) -> None:
+    recipe, model = BitNet(quantizer_warmup=warmup), Transformer(CONFIG)
     recipe.prepare(model)
     seen = []
     for step in (0, 5, 10, 50):
@@ -104,6 +105,7 @@ def test_recipes_take_modules_of_other_libraries() -> None:
     [
         ({"act4_from": 1.5}, "act4_from"),
         ({"quantizer_warmup": -1}, "quantizer_warmup"),
+        ({"quantizer_warmup": 1.5}, "quantizer_warmup"),
         ({"act4_from": 0.9, "act_bits": 4}, "act_bits"),
     ],
 )

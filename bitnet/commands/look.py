@@ -49,6 +49,7 @@ def prepare(args: argparse.Namespace) -> None:
     import shutil
 
     from bitnet.data.datamodule import TokenDataModule
+    from bitnet.interchange.exporting import named_when_proven
     from bitnet.progress import PreparationProgress
 
     out = Path(args.out)
@@ -67,7 +68,8 @@ def prepare(args: argparse.Namespace) -> None:
     )
     data.progress = PreparationProgress()
     store = data.prepare_tokens()
-    shutil.copytree(store.folder, out)
+    with named_when_proven(out) as partial:
+        shutil.copytree(store.folder, partial)
     tokens = sum(store.totals(f"train-{i}").tokens for i in range(store.sources))
     print(
         f"{out}: {tokens:,} training tokens, {store.totals('val').tokens:,} to validate on, "

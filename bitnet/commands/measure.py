@@ -187,6 +187,8 @@ def bench_train(args: argparse.Namespace) -> None:
     parsed = parse_config(["--config", args.config])
     import torch
 
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps}: must be at least 1.")
     run(
         parsed.model,
         parsed.optim,

@@ -13,6 +13,7 @@ from bitnet.errors import UserError
 SET_BY_THE_SWEEP = {
     "trainer.default_root_dir": "--out names the folder of all runs",
     "seed_everything": "--seeds says how many seeds",
+    "data.seed": "--seeds says how many seeds",
     "ckpt_path": "an unfinished run goes on by itself",
     "overwrite": "give another --out for new runs",
 }
@@ -66,7 +67,10 @@ def add(command: AddCommand) -> None:
         "KEY+KEY=V+V,V+V varies keys together",
     )
     p.add_argument(
-        "--seeds", type=int, default=1, help="runs of each point, with seed_everything 0, 1, ... (default: 1)"
+        "--seeds",
+        type=int,
+        default=1,
+        help="runs of each point, with seed_everything and data.seed 0, 1, ... (default: 1)",
     )
     p.add_argument("--out", help="folder of all runs (default: runs/sweeps/CONFIG); one that holds this sweep goes on")
     p.add_argument("--dry_run", action="store_true", help="show the commands, run nothing")

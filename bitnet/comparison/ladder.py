@@ -1,7 +1,8 @@
 """Models of several sizes: loss against parameters, bits and tokens, with power laws and where they cross.
 
-Each method has ``loss = a x^-b + c``. With a few sizes three numbers a method fit anything, so the exponent b is one
-for all methods (as in the laws of arXiv 2407.12327, which found one exponent for float and ternary models).
+Each method has ``loss = a x^-b + c``, a and c of 0 or more. With a few sizes three numbers a method fit anything, so
+the exponent b is one for all methods (as in the laws of arXiv 2407.12327, which found one exponent for float and
+ternary models).
 """
 
 import math
@@ -37,7 +38,17 @@ class Laws:
         """The x at which both have the same loss, or ``None`` if there is none."""
         (a, c), (a2, c2) = self.terms[one], self.terms[other]
         ratio = (c2 - c) / (a - a2) if a != a2 else -1.0
-        return float(ratio ** (-1 / self.exponent)) if ratio > 0 else None
+        with np.errstate(over="ignore"):
+            at = float(np.float64(ratio) ** (-1 / self.exponent)) if ratio > 0 else np.inf
+        return at if np.isfinite(at) else None
+
+
+def _not_negative(f: Any, y: Any) -> tuple[float, float]:
+    """Least squares of ``a f + c`` to ``y`` (both 1-D) with a and c of 0 or more: no text has less than 0 bits."""
+    (a, c), *_ = np.linalg.lstsq(np.stack([f, np.ones_like(f)], axis=1), y, rcond=None)
+    if c < 0:
+        return float(f @ y / (f @ f)), 0.0
+    return (float(a), float(c)) if a >= 0 else (0.0, float(y.mean()))
 
 
 def fit_laws(points: Mapping[str, Points]) -> Laws:
@@ -47,10 +58,8 @@ def fit_laws(points: Mapping[str, Points]) -> Laws:
         terms, squares, count = {}, 0.0, 0
         for method, of_method in points.items():
             x, y = np.array(of_method, dtype=np.float64).T
-            design = np.stack([x**-exponent, np.ones_like(x)], axis=1)
-            (a, c), *_ = np.linalg.lstsq(design, y, rcond=None)
-            terms[method] = (float(a), float(c))
-            squares += float(((design @ (a, c) - y) ** 2).sum())
+            a, c = terms[method] = _not_negative(x**-exponent, y)
+            squares += float(((a * x**-exponent + c - y) ** 2).sum())
             count += len(y)
         error = math.sqrt(squares / count)
         if best is None or error < best.error:
@@ -122,7 +131,8 @@ def plot_ladders(rows: Sequence[Row], folder: Path) -> list[Path]:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("bits per byte (lower is better)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    labels = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(labels.values()), list(labels), loc="outside upper center", ncols=4, frameon=False)
     file = folder / "ladder.svg"
     figure.savefig(file)
     return [file]

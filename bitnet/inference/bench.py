@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -65,7 +66,7 @@ def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTr
     return model.join_blocks()
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """Largest resident set of this process so far."""
     try:  # the kernel's own mark begins with the program; getrusage inherits that of the parent
         status = Path("/proc/self/status").read_text()
@@ -73,7 +74,8 @@ def _peak_mb() -> float:
     except (OSError, IndexError):
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _next_token(logits: Tensor) -> Tensor:
@@ -133,10 +135,10 @@ def serving_speed(
 
     To be called in a fresh process: memory is that of the whole process.
     """
-    idle = _peak_mb()
+    idle = peak_mb()
     torch.set_num_threads(threads)
     model = load()
-    loaded = _peak_mb()
+    loaded = peak_mb()
     model = model.to(device)
     ids = torch.randint(
         model.config.vocab_size, (1, max(prompt, depth + 1)), generator=torch.Generator().manual_seed(0)
@@ -148,7 +150,7 @@ def serving_speed(
     return {
         "decode_tokens_per_s": statistics.median(decodes[-REPEATS:]),
         "prefill_tokens_per_s": statistics.median(prefills[-REPEATS:]),
-        "peak_rss_mb": _peak_mb(),
+        "peak_rss_mb": peak_mb(),
         "rss_after_load_mb": loaded,
         "rss_after_import_mb": idle,
     }

@@ -3,7 +3,8 @@
 * weights: ternary absmean (arXiv 2402.17764) or binary sign (2310.11453), one scale per matrix;
 * activations: int8 absmax per token; with ``act_bits: 4`` the inputs of wq wk wv w1 w3 take 4 bits and those of wo
   and w2 stay at 8 (a4.8, arXiv 2411.04965), which papers switch on late: ``act4_from: 0.95``;
-* ``quantizer_warmup`` blends the quantizers in over the first steps, for continued training of a float model.
+* ``quantize_from`` trains in float first, and ``quantizer_warmup`` blends the quantizers in from then on: what was best
+  in docs/recipes/pretraining.md, and how a float model is trained on.
 
 Embeddings, the output head and the norms are never quantized. ``weight: none`` with ``act_bits: none`` is the float
 twin: the same transformer, untouched.
@@ -32,8 +33,8 @@ class BitNet(Recipe):
     """Bits of their inputs: 8, 4 (wo and w2 stay at 8), or none (float)."""
     act4_from: float | None = None
     """Switch from 8-bit to 4-bit activations after this fraction of the run; null for never."""
-    quantizer_warmup: int = 0
-    """Steps over which the quantizers are blended in, linearly; 0 for exact from the start."""
+    quantizer_warmup: int | float = 0
+    """Steps, or below 1 the fraction of the run, over which the quantizers are blended in, linearly; 0 for at once."""
     quantize_from: float = 0.0
     """Train in float before this fraction of the run."""
     scale: ScaleRule = "absmean"
@@ -62,8 +63,8 @@ class BitNet(Recipe):
             raise UserError("scale, scale_per, learned_scale and mask_beyond need ternary or binary weights.")
         if self.weight != "none":
             self.quantizer  # noqa: B018 - refuses what does not fit
-        if self.quantizer_warmup < 0:
-            raise UserError(f"quantizer_warmup = {self.quantizer_warmup}: must be 0 or more.")
+        if self.quantizer_warmup < 0 or (self.quantizer_warmup > 1 and self.quantizer_warmup % 1):
+            raise UserError(f"quantizer_warmup = {self.quantizer_warmup}: a number of steps, or a fraction below 1.")
 
     @property
     def has_plain_scale(self) -> bool:
@@ -113,7 +114,8 @@ class BitNet(Recipe):
             return
         act_bits = self.served(step, total_steps).act_bits
         since = step - self.quantize_from * total_steps
-        warmup = 0.0 if since < 0 else min(since / self.quantizer_warmup, 1.0) if self.quantizer_warmup else 1.0
+        steps = self.quantizer_warmup * (total_steps if self.quantizer_warmup < 1 else 1)
+        warmup = 0.0 if since < 0 else min(since / steps, 1.0) if steps else 1.0
         for name, module in model.named_modules():
             if isinstance(module, BitLinear):
                 module.act_bits, module.warmup = self.bits_of(name, act_bits), warmup

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ def write_atomically(content: Any, path: Path, previous: Path | None = None) -> 
 
     The old content gets the name ``previous``, where there is one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.is_file():
+        if previous is not None and path.exists():
             _name_also(path, previous)
+        elif path.is_dir():  # of parts
+            shutil.rmtree(path)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         why = error if isinstance(error, OSError) else error.__context__  # torch trips over what the system said
@@ -37,7 +40,8 @@ def write_atomically(content: Any, path: Path, previous: Path | None = None) -> 
         left = "the one from before is intact" if path.is_file() else "none has been saved yet"
         raise UserError(f"{path}: {what} ({why.strerror}); {left}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be no folder for it
+            partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -56,28 +60,35 @@ def write_text_atomically(text: str, path: Path) -> None:
 
 
 def _name_also(path: Path, other: Path) -> None:
-    """Let ``other`` be a second name of the file at ``path``, in place of what it named before.
+    """Let ``other`` be a second name of the checkpoint at ``path``, in place of what it named before.
 
-    ``path`` itself goes on existing. Where the file system knows no second names it is moved, and until the new file
-    takes its place ``other`` is the only one.
+    ``path`` itself goes on existing. A folder cannot have two names, nor can files everywhere: then it is moved, and
+    until the new one takes its place ``other`` is the only one.
     """
     link = other.with_name(f".{other.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)
     except OSError:
-        os.replace(path, other)
+        move_over(path, other)
         return
-    os.replace(link, other)
+    move_over(link, other)
     link.unlink(missing_ok=True)  # renaming one name of a file to another of the same file does nothing
+
+
+def move_over(path: Path, other: Path) -> None:
+    """Rename ``path`` to ``other``, a file or a folder that is deleted if it is there."""
+    if other.is_dir():
+        shutil.rmtree(other)
+    os.replace(path, other)
 
 
 def remove_partial_files(folder: Path) -> list[Path]:
     """Delete what an interrupted save left behind; call it while nothing else writes there."""
-    stale = sorted(folder.glob(f".*{PARTIAL_SUFFIX}"))
-    for file in stale:
+    stale = sorted(folder.glob(f"*{PARTIAL_SUFFIX}"))  # of files with a dot in front, of sharded ones without
+    for path in stale:
         with contextlib.suppress(OSError):
-            file.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return stale
 
 

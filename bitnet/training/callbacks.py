@@ -88,7 +88,7 @@ class TrainingMetrics(Callback):
         self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         self._speed.stop(batch["inputs"].numel())
-        if not is_log_step(trainer, trainer.global_step) or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not (pl_module.steps_now and is_log_step(trainer, trainer.global_step)):
             return
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         group = pl_module.optimizers(use_pl_optimizer=False).param_groups[0]  # type: ignore[union-attr]
@@ -199,17 +199,11 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_train_steps: int = 100) -> None:
         super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
-        self._stepped = False
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self._stepped = True
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Never inside a window of gradient accumulation: its batches would count as done, their gradients be lost."""
-        if self._stepped:
-            self._stepped = False
+        if pl_module.steps_now:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

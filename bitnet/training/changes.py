@@ -24,7 +24,10 @@ WITHOUT_EFFECT = (
 """Beginnings of the names of settings that change no step behind a checkpoint, or are looked at by other means: text
 and tokenizer by their content, the optimizer by its state, random numbers because their state is restored."""
 
-DECIDES_THE_MODEL = ("model.recipe.class_path", "model.recipe.init_args.weight")
+DECIDES_THE_MODEL = (
+    "model.recipe.class_path",
+    *(f"model.recipe.init_args.{name}" for name in ("weight", "scale_per", "learned_scale")),
+)
 """Another value makes another model, for which ``model.init_from`` begins a new run."""
 
 

@@ -31,11 +31,19 @@ from bitnet.errors import SaidByFirstProcess, UserError, of_the_machine
 from bitnet.parse_errors import explain
 from bitnet.progress import PreparationProgress
 from bitnet.recipes import RECIPES, BitNet, Recipe
-from bitnet.training.atomic import LAST, PREVIOUS, AtomicCheckpointIO, remove_partial_files, write_text_atomically
+from bitnet.training.atomic import (
+    LAST,
+    PREVIOUS,
+    AtomicCheckpointIO,
+    move_over,
+    remove_partial_files,
+    write_text_atomically,
+)
 from bitnet.training.callbacks import LastCheckpoint, RandomState, default_callbacks
 from bitnet.training.changes import changes, record_of
 from bitnet.training.interruption import Interrupted, ended_by_signals
 from bitnet.training.lit import LitBitNet
+from bitnet.training.optim import check_same_kind
 from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
 from bitnet.training.shipped import find_config
 from bitnet.training.tensorboard import RunLogger
@@ -133,7 +141,10 @@ class FitCLI(LightningCLI):
             check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), where)
         self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
         if self.ckpt_path is not None:
-            self._check_record(contents[f"--ckpt_path {self.ckpt_path}"]["bitnet"].get("record"))
+            content = contents[f"--ckpt_path {self.ckpt_path}"]
+            self._check_record(content["bitnet"].get("record"))
+            for saved in content.get("optimizer_states", []):
+                check_same_kind(saved, self.model.optim)
         if self.ckpt_path is None and is_first_process():
             self.run_folder = new_run_folder(self.run_folder, config.overwrite)
         kwargs["default_root_dir"] = str(self.run_folder)
@@ -142,6 +153,7 @@ class FitCLI(LightningCLI):
         own = self.config_init.fit.trainer.plugins or []
         kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
         callbacks = self.config_init.fit.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
             kwargs["callbacks"] = [*callbacks, LastCheckpoint()]
         own_kinds = {type(callback) for callback in callbacks}
@@ -151,6 +163,7 @@ class FitCLI(LightningCLI):
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        _check_intervals(trainer)
         # Others look at the random state, so it is restored before their turn; those of a config would come first.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RandomState))
         return trainer
@@ -184,14 +197,18 @@ class FitCLI(LightningCLI):
 
     def _make_run_folder(self) -> None:
         if self.ckpt_path is None and not is_free(self.run_folder):
-            shutil.rmtree(self.run_folder)  # --overwrite, and nothing is wrong with the new run
+            if not self.config.fit.overwrite:
+                raise UserError(
+                    f"{self.run_folder}: another run has begun there in the meantime; start this one again."
+                )
+            shutil.rmtree(self.run_folder)  # nothing is wrong with the new run
         self.run_folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.run_folder / "checkpoints"
         for folder in (self.run_folder, checkpoints, self.run_folder / "incidents"):
             remove_partial_files(folder)
-        if self.ckpt_path == checkpoints / PREVIOUS and (checkpoints / LAST).is_file():
+        if self.ckpt_path == checkpoints / PREVIOUS and (checkpoints / LAST).exists():
             # What is damaged must not become the previous one with the next save.
-            os.replace(checkpoints / LAST, checkpoints / "damaged.ckpt")
+            move_over(checkpoints / LAST, checkpoints / "damaged.ckpt")
         self._write_config()
         tokenizer = self.datamodule.tokens.folder / "tokenizer.json"
         write_text_atomically(tokenizer.read_text(encoding="utf-8"), self.run_folder / "tokenizer.json")
@@ -205,6 +222,21 @@ class FitCLI(LightningCLI):
             saved["model"]["config"] = asdict(self.model.config)
             saved["data"]["tokenizer"] = self.datamodule.tokenizer_path
         write_text_atomically(yaml.safe_dump(saved, sort_keys=False), self.run_folder / "config.yaml")
+
+
+def _check_intervals(trainer: Any) -> None:
+    """Refuse a run without an end, which no schedule can follow, and validation inside a window of accumulation: a
+    checkpoint that is saved there would count batches as done whose gradients are lost."""
+    if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+        raise UserError("trainer.max_steps = -1: the schedule must know where the run ends; give a number of steps.")
+    every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
+    never = 0 <= trainer.max_steps * window < every if isinstance(every, int) else True
+    if not never and every % window:
+        below = every - every % window
+        raise UserError(
+            f"trainer.val_check_interval = {every}: counts batches, and must be a multiple of "
+            f"trainer.accumulate_grad_batches = {window}; try {below or window}."
+        )
 
 
 def quiet() -> None:

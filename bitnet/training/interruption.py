@@ -21,6 +21,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from bitnet.training.atomic import LAST
+from bitnet.training.lit import LitBitNet
 from bitnet.training.report import command_prefix
 
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -67,7 +68,6 @@ class Interruption(Checkpoint):
         self.agreed = 0
         """The signal that one of several processes was sent, which all of them know at the same step."""
         self._since = 0.0
-        self._stepped = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _handle(self._note)
@@ -76,27 +76,19 @@ class Interruption(Checkpoint):
         self.received, self._since = received, time.monotonic()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one does not wait for Python
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._stepped = False
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self._stepped = True
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         alone = trainer.world_size == 1
         received = self.received if alone else self.agreed
-        if received and (self._stepped or (alone and time.monotonic() - self._since > PATIENCE)):
-            self._end(trainer, received, save=self._stepped)
+        if received and (pl_module.steps_now or (alone and time.monotonic() - self._since > PATIENCE)):
+            self._end(trainer, received, save=pl_module.steps_now)
 
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_validation_batch_start(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: LitBitNet, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.received and trainer.world_size == 1 and not trainer.sanity_checking:
-            self._end(trainer, self.received, save=True)
+            self._end(trainer, self.received, save=pl_module.steps_now)
 
     def _end(self, trainer: L.Trainer, received: int, save: bool) -> None:
         from bitnet.training.callbacks import LastCheckpoint

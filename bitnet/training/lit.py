@@ -82,6 +82,9 @@ class LitBitNet(L.LightningModule):
         self.model: Transformer | None = None
         self.grad_norm = torch.tensor(torch.nan)
         """Norm of the gradient of the last optimizer step, all parameters together, before clipping."""
+        self.steps_now = False
+        """Whether the batch in hand ends a window of gradient accumulation. Inside of one no checkpoint may be saved:
+        its batches would count as done, and their gradients be lost."""
         self.broken_gradients: list[str] = []
         """Parameters whose gradient was not finite in a step that was therefore not taken."""
         self._validation = Score()
@@ -210,6 +213,7 @@ class LitBitNet(L.LightningModule):
         self.recipe.on_step(model, self.global_step, self.total_steps)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.steps_now = False
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         apply_schedule(optimizer, self.optim, self.schedule, self.global_step, self.total_steps)
@@ -233,6 +237,7 @@ class LitBitNet(L.LightningModule):
             self._refreshed_at = self.global_step
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.steps_now = True
         self._hold_quantized(False)
 
     def _hold_quantized(self, hold: bool) -> None:

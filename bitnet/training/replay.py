@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitnet.checkpoint import build, check_fits, find_checkpoint, load_state, model_state, read_checkpoint
 from bitnet.errors import UserError
+from bitnet.layers import Arithmetic, low_bit_layers
 from bitnet.loss import IGNORE, token_nats
 from bitnet.model import Transformer, without_memory
 from bitnet.recipes import Recipe
@@ -65,7 +66,10 @@ def read_incident(file: str | Path) -> dict[str, Any]:
 
 
 def replay(file: str | Path, checkpoint: str | Path | None = None) -> Replay:
-    """Forward and backward of the step in ``file`` with the newest weights of its run, or those of ``checkpoint``."""
+    """Forward and backward of the step in ``file`` with the newest weights of its run, or those of ``checkpoint``.
+
+    A run in ``bf16-true`` is computed in float32 here.
+    """
     incident = read_incident(file)
     path = find_checkpoint(checkpoint or Path(file).resolve().parent.parent)
     content = read_checkpoint(path)
@@ -74,6 +78,8 @@ def replay(file: str | Path, checkpoint: str | Path | None = None) -> Replay:
     check_fits(content["bitnet"], config, tokenizer_json, str(path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(incident, content, config, recipe, str(path)).to(device).train()
+    for layer in low_bit_layers(model).values():
+        layer.arithmetic = Arithmetic(**incident["arithmetic"])
     recipe.on_step(model, incident["step"] - 1, incident["total_steps"])
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in incident["batches"]]
     before, precision = random_state(), torch.get_float32_matmul_precision()

@@ -147,7 +147,7 @@ class RunReport(Callback):
             "parameters": count_parameters(pl_module.config).total,
             "figures": {tag: round(curve[-1][1], 6) for tag, curve in curves.items() if curve},
             "mean_flip_rate": round(float(np.mean([v for _, v in curves.get("quant/flip_rate", [(0, 0.0)])])), 8),
-            "best_val_bpb": round(min((v for _, v in curves.get("val/bpb", [])), default=float("nan")), 6),
+            "best_val_bpb": min((round(v, 6) for _, v in curves.get("val/bpb", [])), default=None),
             "data": pl_module.data.summary(),
             "preparation": pl_module.preparation,
             "torch": torch.__version__,

@@ -1,6 +1,6 @@
 """Which folder a run is written to: a new one for each run, the old one for a run that goes on."""
 
-import contextlib
+import glob
 import os
 import sys
 from pathlib import Path
@@ -12,15 +12,18 @@ from bitnet.training.atomic import LAST, PREVIOUS
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes; the launchers tell by an environment variable before anything else."""
-    rank = next((os.environ[v] for v in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if v in os.environ), "0")
+    """Whether this is the process that writes; the launchers tell by an environment variable before anything else.
+
+    A shell inside of Slurm hands SLURM_PROCID on to processes that Lightning starts and numbers by LOCAL_RANK.
+    """
+    rank = next((os.environ[v] for v in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if v in os.environ), "0")
     return rank == "0"
 
 
 def run_family(root: Path) -> list[Path]:
     """``root``, ``root-2``, ``root-3``, ... as far as they exist, oldest first."""
     numbered = []
-    for folder in root.parent.glob(f"{root.name}-*"):
+    for folder in root.parent.glob(f"{glob.escape(root.name)}-*"):
         if (number := folder.name.removeprefix(f"{root.name}-")).isdecimal():
             numbered.append((int(number), folder))
     return [root, *(folder for _, folder in sorted(numbered))] if root.exists() else [f for _, f in sorted(numbered)]
@@ -49,15 +52,6 @@ def new_run_folder(root: Path, overwrite: bool) -> Path:
     return folder
 
 
-def put_back(file: Path) -> Path:
-    """``file``; a sharded checkpoint that was replaced when the power went gets its name back first."""
-    old = file.with_name(f"{file.name}.old")
-    if not file.exists() and is_sharded(old):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            old.rename(file)
-    return file
-
-
 def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
     """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named.
 
@@ -81,16 +75,14 @@ def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """What a run in ``folder`` can go on from, newest first."""
-    files = [put_back(folder / "checkpoints" / LAST), folder / "checkpoints" / PREVIOUS]
-    return [file for file in files if file.is_file() or is_sharded(file)]
+    return [file for name in (LAST, PREVIOUS) if (file := folder / "checkpoints" / name).exists()]
 
 
 def _newest_whole(files: list[Path]) -> Path:
-    """The first of ``files`` that is not damaged. Folders of parts have no checksums, and are taken as they are."""
+    """The first of ``files`` that is not damaged."""
     reasons: list[str] = []
     for file in files:
-        why = "" if is_sharded(file) else damage(file)
-        if not why:
+        if not (why := damage(file)):
             if reasons and is_first_process():
                 print(f"warning: {'; '.join(reasons)}; going on from {file}.", file=sys.stderr)
             return file

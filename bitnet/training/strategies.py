@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
-from bitnet.errors import UserError
+from bitnet.errors import SaidByFirstProcess, UserError
+from bitnet.sharded_checkpoint import what_failed, write_checksums
+from bitnet.training.atomic import LAST, PREVIOUS, move_over
 
 
 class FullySharded(ModelParallelStrategy):
@@ -45,7 +48,10 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """A folder gets its name when every process has written its part, so that a stop leaves the old one."""
+        """A folder gets its name when every process has written its part, so that a stop leaves the old one.
+
+        As with checkpoints that are files, the newest but one is kept as ``previous.ckpt``.
+        """
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -54,15 +60,23 @@ class FullySharded(ModelParallelStrategy):
         if self.global_rank == 0 and partial.exists():
             shutil.rmtree(partial)
         self.barrier()
-        super().save_checkpoint(checkpoint, partial, storage_options)
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except CheckpointException as error:  # the same one in every process
+            why = what_failed(error)
+            left = "the one from before is intact" if final.exists() else "none has been saved yet"
+            kind = UserError if self.global_rank == 0 else SaidByFirstProcess
+            raise kind(f"{final}: it cannot be written ({why}); {left}.") from error
+        self.barrier()
+        write_checksums(partial, self.global_rank)
         self.barrier()
         if self.global_rank == 0:
-            old = final.with_name(f"{final.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+            old = final.with_name(PREVIOUS if final.name == LAST else f"{final.name}.old")
             if final.exists():
-                final.rename(old)
+                move_over(final, old)
             partial.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
+            if final.name != LAST:
+                shutil.rmtree(old, ignore_errors=True)
         self.barrier()
 
 

@@ -127,7 +127,7 @@ class Sweep:
     def fingerprint(self) -> str:
         """Stands for all that must stay the same while a sweep goes on: options, and what is in its configs."""
         names = [self.config]
-        for option, value in zip(self.options, [*self.options[1:], ""], strict=True):
+        for option, value in itertools.pairwise([*self.options, ""]):
             names += [value] if option in ("--config", "-c") else []
             names += [option.removeprefix("--config=")] if option.startswith("--config=") else []
         contents = [find_config(name).read_text(encoding="utf-8") for name in names]
@@ -155,7 +155,7 @@ def figures(run: Run) -> dict[str, Any] | None:
     try:
         summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
         trainer = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))["trainer"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # not there yet, or damaged
         return None
     by_steps = trainer.get("max_epochs") is None and trainer.get("max_time") is None
     if by_steps and summary["steps"] < trainer["max_steps"]:
@@ -185,7 +185,9 @@ class Runner:
 
     def command(self, run: Run) -> list[str]:
         command = [sys.executable, "-m", "bitnet", "fit", *self.sweep.fit_options(run.settings)]
-        command += [f"--seed_everything={run.seed}", "--trainer.default_root_dir", str(run.folder)]
+        # The second one is for the order of the rows, which has a seed of its own.
+        command += [f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
+        command += ["--trainer.default_root_dir", str(run.folder)]
         try:
             find_run(run.folder, "last")
         except UserError:

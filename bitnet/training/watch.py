@@ -32,7 +32,7 @@ from bitnet.training.progress import say
 from bitnet.training.random_state import random_state
 from bitnet.training.report import command_prefix
 
-FORMAT = 1
+FORMAT = 2
 FIRST_STEPS = 50
 """Steps in which the loss may jump as it likes."""
 LAG = {"cpu": 0, "cuda": 1}
@@ -46,8 +46,6 @@ class _Step:
     number: int
     batches: list[dict[str, Tensor]]
     random_states: list[dict[str, Any]]
-    loader: dict[str, Any]
-    """State of the loader behind these batches."""
     figures: Tensor
     """Loss, gradient norm and received signal of every process (processes, 3), in the host's memory."""
     arrived: Any
@@ -75,21 +73,17 @@ class Watch(Callback):
         self._batches: list[dict[str, Tensor]] = []
         self._random_states: list[dict[str, Any]] = []
         self._micro_losses: list[Tensor] = []
-        self._is_step = False
         self._pending: deque[_Step] = deque()
 
     # ---- what a checkpoint knows
 
     def state_dict(self) -> dict[str, Any]:
-        self._look(lag=0)
+        self._look(lag=0)  # what is broken is not saved
         return {"losses": list(self.losses), "spikes": self.spikes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.losses.extend(state_dict["losses"])
         self.spikes = state_dict["spikes"]
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._look(lag=0)
 
     # ---- gathering, without waiting for anything
 
@@ -102,12 +96,9 @@ class Watch(Callback):
         self._batches.append(batch)
         self._random_states.append(random_state())
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        self._is_step = True
-
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._micro_losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
-        if not self._is_step:
+        if not pl_module.steps_now:
             return
         loss, received = torch.stack(self._micro_losses).mean().float(), float(self._interruption.received)
         figures = torch.stack([loss, pl_module.grad_norm.float(), loss.new_tensor(received)])
@@ -121,10 +112,9 @@ class Watch(Callback):
             figures = host.copy_(figures, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        loader: dict[str, Any] = getattr(trainer.train_dataloader, "state_dict", dict)()
-        step = _Step(trainer.global_step, self._batches, self._random_states, loader, figures.view(-1, 3), arrived)
+        step = _Step(trainer.global_step, self._batches, self._random_states, figures.view(-1, 3), arrived)
         self._pending.append(step)
-        self._batches, self._random_states, self._micro_losses, self._is_step = [], [], [], False
+        self._batches, self._random_states, self._micro_losses = [], [], []
         self._look(lag=LAG.get(pl_module.device.type, 0))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -189,7 +179,8 @@ class Watch(Callback):
     def _save(self, trainer: L.Trainer, step: _Step, why: str) -> Path:
         module: Any = trainer.lightning_module
         several = trainer.world_size > 1
-        folder = Path(trainer.default_root_dir) / "incidents"
+        # Only the first process knows the number that the folder of a second run got.
+        folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / "incidents"
         suffix = f"_rank{trainer.global_rank}.pt" if several else ".pt"
         file = folder / f"step_{step.number}{suffix}"
         loss, norm, _ = step.figures[trainer.global_rank if several else 0].tolist()
@@ -202,16 +193,17 @@ class Watch(Callback):
             "grad_norm": norm,
             "batches": [{name: tensor.cpu() for name, tensor in batch.items()} for batch in step.batches],
             "random_states": step.random_states,
-            "loader": step.loader,
             "config": dataclasses.asdict(module.config),
             "recipe": recipe_options(module.recipe),
             "init_from": module.init_from,
             "precision": str(trainer.precision),
             "matmul_precision": module.matmul_precision,
+            "arithmetic": dataclasses.asdict(module.arithmetic),
         }
         write_atomically(content, file)
         own = [other for other in folder.glob(f"step_*{suffix}") if several or "_rank" not in other.name]
-        for old in sorted(own, key=_step_of)[: -self.keep]:
+        # By time: a run that went on from an older checkpoint has seen higher numbers before.
+        for old in sorted(own, key=lambda other: other.stat().st_mtime_ns)[: -self.keep]:
             old.unlink(missing_ok=True)
         return file
 
@@ -244,7 +236,3 @@ def robust(losses: "deque[float]") -> tuple[float, float]:
     median = statistics.median(losses)
     distance = statistics.median(abs(loss - median) for loss in losses)
     return median, max(1.4826 * distance, 1e-3 * abs(median), 1e-12)
-
-
-def _step_of(file: Path) -> int:
-    return int(file.stem.split("_")[1])

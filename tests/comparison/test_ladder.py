@@ -7,7 +7,7 @@ import pytest
 
 from bitnet.comparison.compare import Row
 from bitnet.comparison.cost import Cost
-from bitnet.comparison.ladder import describe, fit_laws, ladders, plot_ladders
+from bitnet.comparison.ladder import Laws, describe, fit_laws, ladders, plot_ladders
 
 SIZES = (1e5, 3e5, 1e6, 4e6)
 
@@ -34,6 +34,9 @@ def test_laws_are_found_again() -> None:
     for method, a, c in (("f", 20, 1), ("t", 26, 1.05)):
         np.testing.assert_allclose(laws(method, SIZES), [a * n**-0.25 + c for n in SIZES], atol=3e-3)
     assert laws.crossing("f", "t") is None  # more of both: never
+    assert (
+        Laws(exponent=0.02, terms={"f": (1.0, 1e-7), "t": (2.0, 0.0)}, error=0.0).crossing("f", "t") is None
+    )  # beyond any float
 
 
 def test_where_two_laws_cross() -> None:
@@ -46,6 +49,17 @@ def test_noise_moves_the_curve_little() -> None:
     points = [(n, 20 * n**-0.25 + 1) for n in SIZES]
     noisy = fit_laws({"f": [(n, y + e) for (n, y), e in zip(points, noise, strict=False)]})
     np.testing.assert_allclose(noisy("f", SIZES), [y for _, y in points], atol=0.01)
+
+
+@pytest.mark.parametrize("y", [(2.1, 2.0, 1.87, 1.5), (1.0, 1.1, 1.2, 1.4), (3.0, 2.2, 1.9, 1.8)])
+def test_no_law_foresees_less_than_nothing(y) -> None:
+    """Losses that fall ever faster, that rise, and as usual, against scipy's non-negative least squares."""
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
+    laws = fit_laws({"f": list(zip(SIZES, y, strict=True))})
+    design = np.stack([np.array(SIZES) ** -laws.exponent, np.ones(4)], axis=1)
+    wanted, norm = optimize.nnls(design, np.array(y))
+    np.testing.assert_allclose(laws.terms["f"], wanted, rtol=1e-6, atol=1e-12)
+    assert laws.error == pytest.approx(norm / 2)
 
 
 def test_a_report_says_the_laws_and_draws_them(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from bitnet.training import interruption
 from bitnet.training.cli import main as fit
 from bitnet.training.lit import LitBitNet
 
-from ..conftest import ROOT, tiny_options
-from ..runs import SAVES_AT_THE_END, WINDOW, run_digest, start_life
+from ..conftest import tiny_options
+from ..runs import SAVES_AT_THE_END, WINDOW, run_digest, run_python, start_life
 from .test_overlays import command
 
 STEPS = ("--trainer.max_steps=12", "--trainer.val_check_interval=6", SAVES_AT_THE_END)
@@ -131,15 +129,7 @@ def test_two_processes_stop_behind_the_same_step_and_go_on(texts, tmp_path) -> N
     """Only the second process is told."""
     script, run = tmp_path / "told.py", tmp_path / "run"
     script.write_text(TOLD)
-    done = subprocess.run(
-        [sys.executable, str(script), *tiny_options(texts, run), *STEPS, *TWO],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 143, done.stdout + done.stderr
+    done = run_python(str(script), *tiny_options(texts, run), *STEPS, *TWO, code=143)
     assert done.stderr.count("stopped by SIGTERM: step 4 is saved") == 1
     assert read_checkpoint(run)["global_step"] == 4
     command([*tiny_options(texts, run), *STEPS, *TWO, "--ckpt_path=last"])

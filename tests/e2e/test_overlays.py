@@ -1,10 +1,7 @@
 """Precision, compilation and several processes: each overlay trains, and several processes train what one would."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,8 @@ import torch
 from bitnet import load_checkpoint
 from bitnet.checkpoint import read_checkpoint
 
-from ..conftest import ROOT, tiny_options
+from ..conftest import tiny_options
+from ..runs import run_python
 
 
 def test_bf16_keeps_float32_weights_and_an_exact_forward(stories, tmp_path, run_fit) -> None:
@@ -97,15 +95,7 @@ def test_compiled_blocks_train_like_eager_ones(stories, tmp_path) -> None:
 
 def command(arguments: list[str], **environment: str) -> str:
     """What train.py prints in a process of its own, as a user would call it."""
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_python("train.py", *arguments, **environment).stdout
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,8 @@ from bitnet.training.lit import LitBitNet
 from bitnet.training.replay import read_incident, replay
 from bitnet.training.watch import Watch, broken, robust
 
-from ..conftest import ROOT, tiny_options
+from ..conftest import tiny_options
+from ..runs import run_python
 
 ONE_SAVE = (
     '--trainer.callbacks=[{"class_path":"bitnet.training.callbacks.LastCheckpoint","init_args":'
@@ -57,6 +56,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(stories, tmp_path, monkeypatch, 
     monkeypatch.undo()
     assert fit([*tiny_options(stories, run), ONE_SAVE % 5, "--ckpt_path=last"]) == 0
     assert read_checkpoint(run)["global_step"] == 12
+
+
+def test_files_are_kept_by_age_and_not_by_step(stories, tmp_path, monkeypatch, run_fit, capsys) -> None:
+    """A run that went on from an older checkpoint may have left files of higher steps."""
+    run = tmp_path / "run"
+    run_fit(stories, run, "--trainer.max_steps=4")
+    (run / "incidents").mkdir(exist_ok=True)
+    for step in range(900, 905):
+        (run / "incidents" / f"step_{step}.pt").write_bytes(b"old")
+        os.utime(run / "incidents" / f"step_{step}.pt", (step, step))
+    disturb(monkeypatch, {8: float("nan")})
+    assert fit([*tiny_options(stories, run), "--ckpt_path=last"]) == 2
+    assert {f.name for f in (run / "incidents").iterdir()} == {"step_8.pt", *(f"step_90{n}.pt" for n in range(1, 5))}
 
 
 def test_the_saved_batch_is_the_one_that_broke_it(stories, tmp_path, monkeypatch, capsys) -> None:
@@ -164,14 +176,20 @@ def test_spikes_are_kept_counted_and_survived(stories, tmp_path, monkeypatch, ca
     assert state["spikes"] == 3 and len(state["losses"]) == 40
 
 
+REPLAYED = (
+    "--trainer.accumulate_grad_batches=2",
+    "--model.arithmetic.input_gradient=int8",  # these gradients are a hundredth off those of floats
+    "--model.arithmetic.weight_gradient=int8",
+)
+
+
 def test_replay_finds_the_loss_and_gradient_of_the_run(stories, tmp_path, monkeypatch, capsys) -> None:
     """With the weights of the step before, dropout included, bit for bit on one thread of a CPU."""
     run = tmp_path / "run"
     monkeypatch.setattr(watch, "FIRST_STEPS", 4)
     monkeypatch.setattr(watch, "robust", lambda losses: (0.0, 1e-3))  # every loss is a spike
-    assert fit([*tiny_options(stories, run), "--trainer.accumulate_grad_batches=2", ONE_SAVE % 8]) == 0
+    assert fit([*tiny_options(stories, run), *REPLAYED, ONE_SAVE % 8]) == 0
     last = run / "checkpoints" / "last.ckpt"
-    assert fit([*tiny_options(stories, tmp_path / "short"), "--trainer.accumulate_grad_batches=2", ONE_SAVE % 8]) == 0
     monkeypatch.undo()
     file = run / "incidents" / "step_12.pt"
     incident = read_incident(file)
@@ -199,7 +217,7 @@ def _stop_at_eleven(stories: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -
     """The same run, broken on purpose in its last step: its checkpoint is of the step before."""
     with monkeypatch.context() as patched:
         disturb(patched, {12: float("nan")})
-        assert fit([*tiny_options(stories, run), "--trainer.accumulate_grad_batches=2"]) == 2
+        assert fit([*tiny_options(stories, run), *REPLAYED]) == 2
     assert read_checkpoint(run)["global_step"] == 11
 
 
@@ -295,15 +313,7 @@ def test_all_processes_stop_and_each_keeps_its_batch(stories, tmp_path, overlay)
     script, run = tmp_path / "disturbed.py", tmp_path / "run"
     script.write_text(DISTURBED)
     options = ["--config", f"overlays/{overlay}", "--trainer.devices=2", "--data.batch_size=2", ONE_SAVE % 5]
-    done = subprocess.run(
-        [sys.executable, str(script), *tiny_options(stories, run), *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
+    done = run_python(str(script), *tiny_options(stories, run), *options, code=2)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "step 8: the loss is nan (process 1)" in lines[0]
     files = sorted((run / "incidents").iterdir())

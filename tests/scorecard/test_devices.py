@@ -1,13 +1,12 @@
 """I: a device, a dtype, a compiler or memory that is not there is one clear line, or a fallback that is documented."""
 
-import os
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from ..conftest import ROOT, tiny_options
+from ..conftest import tiny_options
+from ..runs import environment
 
 PROGRAM = """
 import sys
@@ -18,12 +17,11 @@ sys.exit(main(sys.argv[1:]))
 NO_TRITON = "sys.modules['triton'] = None"
 
 
-def command(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, before: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     """``bitnet ARGUMENTS`` in a process of its own; ``before`` is Python that runs there first."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.run(
         [sys.executable, "-c", PROGRAM.format(before=before), *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        env=environment(CUDA_VISIBLE_DEVICES="", **more),
         capture_output=True,
         text=True,
     )
@@ -55,9 +53,8 @@ def test_device_faults(stories, finished_run, tmp_path, tally) -> None:
         "no Triton": {"before": NO_TRITON},
         "no compiler": {"PATH": "", "CC": "", "BITNET_CACHE": str(tmp_path / "empty")},
     }
-    for name, environment in without.items():
-        done = command(*generate, **environment)
+    for name, less in without.items():
+        done = command(*generate, **less)
         tally(done.returncode == 0 and done.stdout == whole.stdout, f"{name}: {done.stdout} {done.stderr[-500:]}")
     done = command(*fit, before=NO_TRITON)
     tally(done.returncode == 0, f"training without Triton: {done.stderr[-500:]}")
-    assert torch.get_num_threads() == 1

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models
 from bitnet.inference.files import load_packed, save_packed
 from bitnet.inference.header import seal_of, with_seal
 from bitnet.inference.packing import pack
+from bitnet.sharded_checkpoint import write_checksums
 from tests.inference.conftest import low_bit_model
-from tests.scorecard.trials import PATIENCE, costs, refusal
+from tests.scorecard.trials import PATIENCE, costs, folder_of_parts, refusal
 
 TENSOR, LAYER = "layers.0.attention.wq.inv_scale", "layers.0.attention.wq"
 HUGE = 2**62
@@ -154,19 +155,7 @@ def zip_of(content: object, compression: int, repeat: int = 1) -> bytes:
 def test_bombs(tmp_path, tally) -> None:
     import zipfile
 
-    from torch.distributed import checkpoint as sharded
-
     from bitnet.checkpoint import load_checkpoint, read_checkpoint
-
-    def folder(name: str, state: dict[str, torch.Tensor]) -> Path:
-        made = tmp_path / name
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sharded.save({"state_dict": state}, checkpoint_id=made, no_dist=True)
-        torch.save({"bitnet": {"format_version": 1}}, made / "meta.pt")
-        return made
 
     entry = {"format_version": 1}
     large = {"bitnet": entry, "state_dict": {"model.a": torch.zeros(64 << 20)}}
@@ -175,7 +164,10 @@ def test_bombs(tmp_path, tally) -> None:
     small = {"bitnet": entry, "state_dict": {"model.a": torch.zeros(1 << 20)}}
     (tmp_path / "sound.ckpt").write_bytes(zip_of(small, zipfile.ZIP_STORED))
     read_checkpoint(tmp_path / "sound.ckpt")
-    read_checkpoint(folder("sound", {"model.a": torch.zeros(9)}))
+    sound, meta, claims, parts = (
+        folder_of_parts(tmp_path / name, {"bitnet": entry}) for name in ("sound", "meta", "claims", "parts")
+    )
+    read_checkpoint(sound)
     cases = {"deflated.ckpt": bomb, "lzma.ckpt": zip_of(small, zipfile.ZIP_LZMA)}
     wide = {"bitnet": entry, "state_dict": {"model.a": torch.zeros(1).expand(1 << 40)}}
     cases["expanded.ckpt"] = zip_of(wide, zipfile.ZIP_STORED)
@@ -185,11 +177,9 @@ def test_bombs(tmp_path, tally) -> None:
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
     paths = [tmp_path / name for name in cases]
-    meta = folder("meta", {"model.a": torch.zeros(9)})
     (meta / "meta.pt").write_bytes(zip_of(large, zipfile.ZIP_DEFLATED))
-    claims = folder("claims", {"model.a": torch.zeros(9)})
+    write_checksums(meta, 0)
     replace_in_index(claims, lambda index: enlarge(index, torch.Size([1 << 40])))
-    parts = folder("parts", {"model.a": torch.zeros(9)})
     (file,) = parts.glob("*.distcp")
     file.write_bytes(zip_of(torch.zeros(1 << 20), zipfile.ZIP_DEFLATED))
     replace_in_index(parts, lambda index: whole_file(index, file.stat().st_size))
@@ -200,12 +190,13 @@ def test_bombs(tmp_path, tally) -> None:
 
 
 def replace_in_index(folder: Path, change: Any) -> None:
-    """Change what the index of a folder of parts says."""
+    """Change what the index of a folder of parts says, and the checksums with it, as whoever means harm would."""
     import pickle
 
     index = pickle.loads((folder / ".metadata").read_bytes())
     change(index)
     (folder / ".metadata").write_bytes(pickle.dumps(index))
+    write_checksums(folder, 0)
 
 
 def enlarge(index: Any, size: torch.Size) -> None:
@@ -230,30 +221,23 @@ NAMES = (
 def test_hostile_names(tmp_path, tally) -> None:
     import os
 
-    from torch.distributed import checkpoint as sharded
-
     from bitnet.checkpoint import read_checkpoint
     from bitnet.interchange.hf_import import Folder
 
     inside = tmp_path / "model"
     inside.mkdir()
     (tmp_path / "outside.safetensors").write_bytes(b"secret")
-    parts = tmp_path / "parts"
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sharded.save({"state_dict": {"model.a": torch.zeros(9)}}, checkpoint_id=parts, no_dist=True)
-    torch.save({"bitnet": {"format_version": 1}}, parts / "meta.pt")
+    parts = folder_of_parts(tmp_path / "parts", {"bitnet": {"format_version": 1}})
     read_checkpoint(parts)
-    for folder in (inside, parts):
-        os.mkfifo(folder / "pipe")
-        (folder / "device").symlink_to("/dev/zero")
+    os.mkfifo(inside / "pipe")
+    (inside / "device").symlink_to("/dev/zero")
     before = sorted(path.name for path in tmp_path.iterdir())
     for name in NAMES:
         (inside / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         tally(bool(refusal(lambda: Folder(inside), inside)), f"index of tensors: {name!r}")
         replace_in_index(parts, lambda index, name=name: rename(index, name))
+        if name in ("pipe", "device"):
+            (inside / name).rename(parts / name)
         tally(bool(refusal(lambda: read_checkpoint(parts), parts)), f"index of parts: {name!r}")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

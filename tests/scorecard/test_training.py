@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from bitnet.training.cli import main as fit
 from bitnet.training.lit import LitBitNet
 from bitnet.training.report import read_curves
 
-from ..conftest import ROOT, tiny_options
-from ..runs import SAVES_AT_THE_END, STREAM, WINDOW, resume_or_begin, run_digest, start_life
+from ..conftest import tiny_options
+from ..runs import SAVES_AT_THE_END, STREAM, WINDOW, resume_or_begin, run_digest, run_python, start_life
 
 SECONDS_TO_END = 15.0
 """For a run of this size a signal takes well under 5 seconds; on a machine busy with other jobs, three times that."""
@@ -192,15 +190,8 @@ def test_order_of_rows(tally) -> None:
 @pytest.mark.check("R4", "fresh processes repeat every loss and the final bits; another number of threads is named", 6)
 def test_fresh_processes_repeat(texts, tmp_path, tally) -> None:
     def train(folder: Path, threads: int, *options: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "train.py", *tiny_options(texts, folder), SAVES_AT_THE_END, *options],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        arguments = (*tiny_options(texts, folder), SAVES_AT_THE_END, *options)
+        return run_python("train.py", *arguments, OMP_NUM_THREADS=str(threads)).stderr
 
     fifty = ("--trainer.max_steps=50", "--trainer.log_every_n_steps=1")
     found: list[Any] = []

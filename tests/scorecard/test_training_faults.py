@@ -183,6 +183,7 @@ CHANGED = {
     "--data.vocab_size=280": ("error", "another tokenizer (300 tokens, sha256 "),
     "--data.batch_size=2": ("warning", "data.batch_size = 2, but 4"),
     "--model.recipe.weight=binary": ("error", "model.recipe.init_args.weight = binary, but the run has ternary"),
+    "--model.recipe.learned_scale=true": ("error", "learned_scale = True, but the run has False"),
     "--model.recipe.act_bits=none": ("warning", "model.recipe.init_args.act_bits = none, but 8"),
     "--model.optim.kind=muon": ("error", "that run used optim.kind = adamw, not muon"),
     "--model.schedule.kind=cosine": ("warning", "model.schedule.kind = cosine, but two_stage"),
@@ -194,13 +195,17 @@ CHANGED = {
 }
 
 
+def kept_run(run_fit: Any, texts: Path, tmp_path: Path, steps: int) -> Path:
+    """A run that was trained as ``run`` and lies in ``kept``, to be copied back and spoiled."""
+    run_fit(texts, tmp_path / "run", f"--trainer.max_steps={steps}")
+    return (tmp_path / "run").rename(tmp_path / "kept")
+
+
 @pytest.mark.check(
-    "R9", "a setting that changed between stop and resume is refused or named, with old and new value", 16
+    "R9", "a setting that changed between stop and resume is refused or named, with old and new value", 17
 )
 def test_changed_settings(texts, tmp_path, run_fit, capsys, tally) -> None:
-    folder, kept = tmp_path / "run", tmp_path / "kept"
-    run_fit(texts, folder, "--trainer.max_steps=3")
-    folder.rename(kept)
+    folder, kept = tmp_path / "run", kept_run(run_fit, texts, tmp_path, 3)
     tokenizer = f"--data.tokenizer={kept / 'tokenizer.json'}"
     (tmp_path / "other.txt").write_text(story_text(40, seed=9), encoding="utf-8")
     same = ["--trainer.max_steps=4", "--trainer.val_check_interval=1000", "--ckpt_path=last"]
@@ -223,6 +228,8 @@ def test_changed_settings(texts, tmp_path, run_fit, capsys, tally) -> None:
         said = capsys.readouterr().err
         lines = [line for line in said.splitlines() if "trainer.max_steps = 4, but 3" not in line]
         good = (code == (2 if kind == "error" else 0)) and len(lines) == (kind != "nothing")
+        if kind == "error":  # nor has the refusal changed the config that the run goes on with
+            good = good and (folder / "config.yaml").read_bytes() == (kept / "config.yaml").read_bytes()
         tally(
             good and all(line.startswith(f"{kind}: ") and says in line for line in lines), f"{option}: {code}, {said}"
         )
@@ -257,9 +264,7 @@ DAMAGES: dict[str, Damage] = {
     "R10", "the newest checkpoint damaged in 10 ways: the one before is taken, and named; none left is said", 60
 )
 def test_damaged_checkpoints(texts, tmp_path, run_fit, capsys, tally) -> None:
-    folder, kept = tmp_path / "run", tmp_path / "kept"
-    run_fit(texts, folder, "--trainer.max_steps=8")
-    folder.rename(kept)
+    folder, kept = tmp_path / "run", kept_run(run_fit, texts, tmp_path, 8)
     chance = random.Random(0)
     for name, damage in DAMAGES.items():
         shutil.copytree(kept, folder)

@@ -1,7 +1,6 @@
 """The launchers of docs/scaling.md, with processes for machines: torchrun and SLURM train what one process would."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from ..conftest import ROOT
+from ..runs import environment
 from .test_resume_spread import SAME, options
 from .test_spread import free_port
 
 
 def launch(commands: list[list[str]], environments: list[dict[str, str]]) -> None:
-    shared = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen(c, cwd=ROOT, env={**shared, **e}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(c, cwd=ROOT, env=environment(**e), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for c, e in zip(commands, environments, strict=True)
     ]
     said = [process.communicate(timeout=300)[0] for process in running]

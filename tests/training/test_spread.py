@@ -1,6 +1,5 @@
 """Two and four processes: the same scales and levels, bit for bit, the same first step, and curves of one process."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from bitnet.loss import next_token_loss
 from bitnet.training.parallel import check_split_layer, check_tensor_parallel
 
 from ..conftest import ROOT
+from ..runs import environment
 from .spread_worker import batches, new_model, optimizer_of, rows_of
 
 TWO = (
@@ -50,12 +50,11 @@ def free_port() -> int:
 
 def launch(processes: int, file: Path, modes: tuple[str, ...]) -> dict[str, Any]:
     port = free_port()
-    shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    shared = environment(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     command = [sys.executable, "-m", "tests.training.spread_worker", str(file), *modes]
     running = [
         subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            command, cwd=ROOT, env={**shared, "RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(processes)

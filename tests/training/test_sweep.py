@@ -49,6 +49,12 @@ def done(stories, tmp_path_factory) -> Path:
     return out
 
 
+def test_a_sweep_needs_no_further_options(tmp_path) -> None:
+    wanted = Sweep(config="tiny", axes=parse_grid(["model.optim.lr=1,2"]), seeds=1, out=tmp_path, options=())
+    other = Sweep(config="ternary_30m", axes=wanted.axes, seeds=1, out=tmp_path, options=())
+    assert wanted.fingerprint() != other.fingerprint()
+
+
 def test_every_setting_and_seed_is_run(done) -> None:
     folders = {f"lr={lr},weight=none,act_bits=none,seed={seed}" for lr in ("2e-3", "1e-2") for seed in (0, 1)}
     assert {f.parent.name for f in done.glob("*/summary.json")} == folders
@@ -57,7 +63,7 @@ def test_every_setting_and_seed_is_run(done) -> None:
 def test_results_are_those_of_single_runs(done, stories, tmp_path, run_fit) -> None:
     """Linked values, seeds and further options reach the run; the loss is the same to its last digit."""
     settings = ("--model.optim.lr=1e-2", "--model.recipe.weight=none", "--model.recipe.act_bits=none")
-    run_fit(stories, tmp_path / "run", "--config", "overlays/muon", *settings, "--seed_everything=1")
+    run_fit(stories, tmp_path / "run", "--config", "overlays/muon", *settings, "--seed_everything=1", "--data.seed=1")
     single = loss_of(tmp_path / "run")
     assert loss_of(done / "lr=1e-2,weight=none,act_bits=none,seed=1") == single
     assert loss_of(done / "lr=1e-2,weight=none,act_bits=none,seed=0") != single
@@ -158,6 +164,7 @@ def test_a_stopped_sweep_goes_on_and_ends_with_the_same_figures(stories, tmp_pat
         (["--grid", "a+b=1+2,3"], "--grid a+b=1+2,3: '3' has 1 values for 2 keys"),
         (["--grid", "model.optim.lr=1", "--grid", "model.optim.lr=2"], "--grid model.optim.lr: the key is given twice"),
         (["--grid", "seed_everything=1,2"], "--grid seed_everything: --seeds says how many seeds; leave it out."),
+        (["--grid", "data.seed=1,2"], "--grid data.seed: --seeds says how many seeds; leave it out."),
         (["--grid", "model.optim.lr=1", "--seeds=0"], "--seeds 0: must be at least 1."),
         (["--grid", "model.optim.lr=1", "--ckpt_path", "last"], "--ckpt_path: an unfinished run goes on by itself"),
         (["--grid", "model.optim.lr=1", "--trainer.max_step=3"], "unknown key 'trainer.max_step'."),
