@@ -92,10 +92,11 @@ def main(args: list[str] | None = None) -> int:
         return fit(args[1:])
     try:
         with _sigterm_cleans_up():
-            known = parse(args)
-            code = int(known.run(known) or 0)
-            sys.stdout.flush()
-            return code
+            try:
+                known = parse(args)
+                return int(known.run(known) or 0)
+            finally:
+                sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read stdout has gone, as ``head`` does. What is still in the buffer goes nowhere, or Python complains.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bitnet.checkpoint import find_checkpoint, load_checkpoint, read_checkpoint
@@ -23,6 +22,7 @@ from bitnet.estimate import (
 from bitnet.inference.header import FORMAT_VERSION, read_header
 from bitnet.inference.packing import pack
 from bitnet.layers import FakeQuantizedLinear, level_shares, low_bit_layers, quantized_layers
+from bitnet.progress import TableConsole
 from bitnet.scaling import GPUS, Estimate, StrategyName, estimate
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _print_facts(title: str, facts: dict[str, str]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts.items():
         table.add_row(name, value)
-    Console(highlight=False, width=110).print(table)
+    TableConsole(width=110).print(table)
 
 
 def _export_facts(config: ModelConfig) -> dict[str, str]:
@@ -152,7 +152,7 @@ def inspect_scaling(
         f"{name}, {strategy}, {GPUS[gpu].name} at {utilisation:.0%} of its peak, {how['micro_batches']} x {rows} x "
         f"{seq_len} tokens a device and step, {'int8 and bf16' if int8 else 'bf16'}"
     )
-    Console(highlight=False, width=120).print(_scaling_table(title, found))
+    TableConsole(width=120).print(_scaling_table(title, found))
     if json_file:
         lines = [
             {"gather": way, **dataclasses.asdict(e), "sent": e.sent, "tokens_per_s": e.tokens_per_s} for way, e in found
@@ -205,7 +205,7 @@ def inspect_run(path: Path) -> None:
         scale = levels.inv_scale.reciprocal().mean()  # of all groups
         table.add_row(name, f"{layer.out_features} x {layer.in_features}", *shares, f"{float(scale):.5f}")
     if table.row_count:
-        Console(highlight=False, width=110).print(table)
+        TableConsole(width=110).print(table)
 
 
 def _print_grids(layers: dict[str, FakeQuantizedLinear]) -> None:
@@ -219,7 +219,7 @@ def _print_grids(layers: dict[str, FakeQuantizedLinear]) -> None:
         zero = "no" if layer.symmetric else "yes"
         shape = f"{q.shape[0]} x {q.shape[1]}"
         table.add_row(name, shape, str(layer.grid.bits), f"{scale.numel():,}", zero, str(len(q.unique())), act)
-    Console(highlight=False, width=110).print(table)
+    TableConsole(width=110).print(table)
 
 
 def print_packed(path: Path) -> None:

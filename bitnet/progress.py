@@ -1,9 +1,22 @@
-"""Progress of work outside the training loop, in a terminal and elsewhere."""
+"""Consoles, and progress of work outside the training loop, in a terminal and elsewhere."""
 
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+
+class TableConsole(Console):
+    """Stdout for the tables of a command, ``width`` columns wide.
+
+    A reader that goes, as ``head`` does, is a ``BrokenPipeError``, as it is for ``print``; rich would exit with 1.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(highlight=False, width=width)
+
+    def on_broken_pipe(self) -> None:
+        raise  # what rich is handling just now
 
 
 def run_console() -> Console:

@@ -56,12 +56,23 @@ def test_debug_shows_the_traceback(tmp_path) -> None:
         fit([*tiny_options(tmp_path / "no.txt", tmp_path / "run"), "--debug"])
 
 
-def test_a_reader_that_goes_is_no_error() -> None:
+@pytest.mark.parametrize(
+    "args,unbuffered",
+    [
+        (["inspect", "tiny"], ""),  # a table of rich
+        (["inspect", "tiny"], "1"),
+        (["inspect", "tiny", "--devices", "8", "--json"], ""),  # print
+        (["inspect", "tiny", "--devices", "8", "--json"], "1"),
+        (["--help"], ""),  # argparse, which ignores errors of write and leaves the buffer to the end of Python
+    ],
+)
+def test_a_reader_that_goes_is_no_error(args, unbuffered) -> None:
     """As in ``bitnet inspect tiny | head -1``."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "bitnet", "inspect", "tiny"]
-    done = subprocess.run(command, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "bitnet", *args]
+    output = {"stdout": writer, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, env=environment(PYTHONUNBUFFERED=unbuffered), **output)
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 

@@ -14,14 +14,13 @@ SHOWN = (0, 1, 2, 4, 6, 7, 8, 10)
 
 def compare(args: argparse.Namespace) -> None:
     """Models side by side: bits, quality with confidence intervals, speed, memory and cost, as a report."""
-    from rich.console import Console
     from rich.table import Table
 
     from bitnet.comparison.compare import compare as run
     from bitnet.comparison.report import COLUMNS, cells, write_report
     from bitnet.data.corpora import Reading
     from bitnet.interchange.exporting import named_when_proven
-    from bitnet.progress import PreparationProgress
+    from bitnet.progress import PreparationProgress, TableConsole
 
     out = new_path("--out", args.out)
     for option in ("limit", "seq_len", "batch_size", "tokens", "prompt_tokens", "rounds"):
@@ -51,7 +50,7 @@ def compare(args: argparse.Namespace) -> None:
     for row in found.rows:
         text = cells(row)
         table.add_row(*(text[number] for number in SHOWN))
-    Console(highlight=False, width=150).print(table)
+    TableConsole(width=150).print(table)
     print(f"{out}/report.html and report.md have all of it, with plots")
 
 

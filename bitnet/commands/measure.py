@@ -98,9 +98,8 @@ def _evaluate_tasks(args: argparse.Namespace, opened: Opened, progress: Callable
     from dataclasses import asdict
     from importlib.util import find_spec
 
-    from rich.console import Console
-
     from bitnet.estimate import count_parameters
+    from bitnet.progress import TableConsole
 
     if find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-eval (pip install 'bitnet-lightning[eval]').")
@@ -114,7 +113,7 @@ def _evaluate_tasks(args: argparse.Namespace, opened: Opened, progress: Callable
 
     def show() -> None:
         table, others = table_of(scores, parameters)
-        console = Console(highlight=False, width=120)
+        console = TableConsole(width=120)
         console.print(table)
         for source in dict.fromkeys(other.source for other in others):
             names = ", ".join(other.name for other in others if other.source == source)

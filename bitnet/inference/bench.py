@@ -29,6 +29,7 @@ from bitnet.inference.packed_linear import HeadDtype, LayerForm, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import packed_skeleton
 from bitnet.model import Transformer, without_memory
+from bitnet.progress import TableConsole
 from bitnet.quantizers import WEIGHT_QUANTIZERS
 from bitnet_kernels.bench import describe_device
 
@@ -203,7 +204,7 @@ def bench_decode(
             setting, f"{r['decode_tokens_per_s']:,.1f}", f"{r['prefill_tokens_per_s']:,.1f}",
             f"{r['peak_rss_mb']:,.0f}", f"{own:,.0f}",
         )  # fmt: skip
-    Console(highlight=False, width=100).print(table)
+    TableConsole(width=100).print(table)
     content = {
         "model": model, "device": what, "torch": torch.__version__, "tokens": tokens, "prompt_tokens": prompt_tokens,
         "depth": depth,

@@ -31,6 +31,7 @@ from bitnet.layers import Arithmetic, BitLinear, integer_products, low_bit_layer
 from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import next_token_loss
 from bitnet.model import Transformer
+from bitnet.progress import TableConsole
 from bitnet.recipes import BitNet
 from bitnet.training.optim import build_optimizer
 from bitnet_kernels.bench import describe_device
@@ -292,7 +293,7 @@ def bench_train(
     if seq_len > config.max_seq_len:
         raise UserError(f"--seq_len {seq_len}: the model allows {config.max_seq_len}.")
     config = replace(config, n_layers=layers or config.n_layers)
-    console = Console(highlight=False, width=120)
+    console = TableConsole(width=120)
     result: dict[str, Any] = {
         "config": label,
         "model": asdict(config),
