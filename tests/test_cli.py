@@ -61,8 +61,6 @@ def test_debug_shows_the_traceback(tmp_path) -> None:
     [
         (["inspect", "tiny"], ""),  # a table of rich
         (["inspect", "tiny"], "1"),
-        (["inspect", "tiny", "--devices", "8", "--json"], ""),  # print
-        (["inspect", "tiny", "--devices", "8", "--json"], "1"),
         (["--help"], ""),  # argparse, which ignores errors of write and leaves the buffer to the end of Python
     ],
 )
