@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,14 @@ def one_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One thread is faster on small matrices; prepared tokens go to a folder of this test run."""
     torch.set_num_threads(1)
     os.environ["BITNET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_process_as_it_was() -> Iterator[None]:
+    """Runs of later tests depend on both: sums on the number of threads, logging on the other processes."""
+    yield
+    assert torch.get_num_threads() == 1
+    assert not torch.distributed.is_initialized()
 
 
 def story_text(documents: int, seed: int = 0) -> str:
