@@ -297,6 +297,15 @@ def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(
     assert "model.config.n_layers is 2 there and 1 here" in line
 
 
+def test_a_low_bit_parent_of_a_recipe_that_begins_in_float_is_named(finished_run, stories, tmp_path, capsys) -> None:
+    options = [*tiny_options(stories, tmp_path / "run"), f"--model.init_from={finished_run}", "--trainer.max_steps=1"]
+    for late, warned in (([], False), (["--model.recipe.quantize_from=0.5"], True)):
+        assert fit([*options, *late]) == 0
+        said = capsys.readouterr().err
+        assert (f"warning: model.init_from = {finished_run} is a low-bit model" in said) == warned
+        assert ("set model.recipe.quantize_from = 0" in said) == warned
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_export_leaves_nothing(finished_run, tmp_path, monkeypatch, capsys, number) -> None:
     from bitnet.interchange import exporting

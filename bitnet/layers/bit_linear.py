@@ -179,7 +179,7 @@ class BitLinear(nn.Linear):
         w = local_part(self.weight)
         if self.weight_kind != "none":
             w = self._blended_weight(w, warmup)
-        if self.act_bits != "none":
+        if self.act_bits != "none" and warmup:
             x = blend(x, fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), warmup)
         if self.split is not None and self.split.dim == "inputs":
             y: Tensor = AddUp.apply(F.linear(x, w), self.split)  # type: ignore[no-untyped-call]
@@ -187,6 +187,8 @@ class BitLinear(nn.Linear):
         return F.linear(x, w, self.bias)
 
     def _blended_weight(self, w: Tensor, warmup: float) -> Tensor:
+        if not warmup:
+            return w
         levels = self.levels()
         return blend(w, dequantize(levels.q, levels.inv_scale, None).to(w.dtype), warmup)
 

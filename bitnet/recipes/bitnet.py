@@ -73,6 +73,11 @@ class BitNet(Recipe):
         return plain and not self.learned_scale and self.mask_beyond is None
 
     @property
+    def begins_in_float(self) -> bool:
+        """Whether layers compute with latent weights, wholly or in part, in the first steps."""
+        return bool(self.weight != "none" and (self.quantize_from or self.quantizer_warmup))
+
+    @property
     def quantizer(self) -> ScaledQuantizer:
         assert self.weight != "none"
         return ScaledQuantizer(kind=self.weight, rule=self.scale, per=self.scale_per)

@@ -24,7 +24,7 @@ with triton_unseen_without_gpu():
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from bitnet.checkpoint import build, check_fits, find_checkpoint, read_checkpoint
+from bitnet.checkpoint import build, check_fits, find_checkpoint, is_float, read_checkpoint
 from bitnet.config import ModelConfig, OptimConfig
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import SaidByFirstProcess, UserError, of_the_machine
@@ -139,6 +139,8 @@ class FitCLI(LightningCLI):
         model_config = replace(self.model.config, vocab_size=store.vocab_size)
         for where, content in contents.items():
             check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), where)
+        if parent := contents.get(f"model.init_from {self.model.init_from}"):
+            self._warn_of_float(parent["bitnet"])
         self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
         if self.ckpt_path is not None:
             content = contents[f"--ckpt_path {self.ckpt_path}"]
@@ -174,6 +176,16 @@ class FitCLI(LightningCLI):
         for line in lines:
             if is_first_process():
                 print(f"warning: {line}.", file=sys.stderr)
+
+    def _warn_of_float(self, parent: dict[str, Any]) -> None:
+        """Training a low-bit model on with a recipe that begins in float undoes what its weights are adapted to."""
+        recipe = self.model.recipe
+        if isinstance(recipe, BitNet) and recipe.begins_in_float and not is_float(parent) and is_first_process():
+            print(
+                f"warning: model.init_from = {self.model.init_from} is a low-bit model, which this recipe trains in "
+                "float first; to go on with low bits set model.recipe.quantize_from = 0 and quantizer_warmup = 0.",
+                file=sys.stderr,
+            )
 
     def _plain_config(self) -> dict[str, Any]:
         """What was set, as nested plain values."""

@@ -167,9 +167,11 @@ class LitBitNet(L.LightningModule):
         """Refuse what cannot be computed over several processes as in one."""
         if self.loss_chunk is not None and getattr(self.trainer.strategy, "tensor_parallel", 1) > 1:
             raise UserError("model.loss_chunk: tensor parallelism cuts the output head another way; leave it out.")
-        if getattr(self.recipe, "quantizer_warmup", 0) and getattr(self.trainer.strategy, "gather", "") == "levels":
+        begins_in_float = isinstance(self.recipe, BitNet) and self.recipe.begins_in_float
+        if begins_in_float and getattr(self.trainer.strategy, "gather", "") == "levels":
             raise UserError(
-                "model.recipe.quantizer_warmup blends latent weights in: set trainer.strategy.gather = latent with it."
+                "model.recipe: quantize_from and quantizer_warmup compute with latent weights at first: "
+                "set trainer.strategy.gather = latent with them, or both to 0."
             )
 
     def _load_initial(self, model: Transformer, path: str) -> None:
