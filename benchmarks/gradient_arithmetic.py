@@ -34,7 +34,8 @@ MODEL = {"dim": 128, "n_layers": 4, "n_heads": 4, "ffn_dim": 384, "dropout": 0.0
 def options(data: str, steps: int, seed: int, folder: Path, arithmetic: dict[str, str]) -> list[str]:
     given: dict[str, Any] = {
         "data.path": data, "data.vocab_size": 2048, "data.seq_len": 128, "data.batch_size": 16,
-        "seed_everything": seed, "data.seed": seed, "model.optim.lr": 3e-3, "model.schedule.warmup_steps": 50,
+        "seed_everything": seed, "data.seed": seed, "model.optim.kind": "adamw", "model.optim.lr": 3e-3,
+        "model.schedule.kind": "linear", "model.recipe.quantize_from": 0.0, "model.recipe.quantizer_warmup": 0,
         "trainer.max_steps": steps, "trainer.val_check_interval": steps, "trainer.log_every_n_steps": 50,
         "trainer.limit_val_batches": 50, "trainer.default_root_dir": folder, "trainer.accelerator": "cpu",
     }  # fmt: skip

@@ -68,7 +68,7 @@ def test_inspect_knows_the_switches(capsys) -> None:
 
     options = ("--model.loss_chunk=64", "--model.activation_checkpointing=true", "--model.optim.kind=muon")
     shown = []
-    for overrides in ([], options):
+    for overrides in (["--model.optim.kind=adamw"], options):
         inspect_config("tiny", list(overrides))
         shown.append(capsys.readouterr().out)
     assert "weights, gradients, adamw" in shown[0] and "weights, gradients, muon" in shown[1]
