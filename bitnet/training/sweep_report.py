@@ -1,6 +1,7 @@
 """The results of a sweep: a table of grid points, and validation loss over the first numeric key as a plot."""
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,15 @@ def plot(sweep: Sweep, points: list[Point], file: Path) -> None:
         axes.minorticks_off()
     names = axis.choices if len(axis.choices[0]) < 16 else [choice.replace("+", "\n") for choice in axis.choices]
     axes.set_xticks(places, names)
-    if max(len(name) for name in names) * len(names) > 60:
+    if max(len(line) for name in names for line in name.split("\n")) * len(names) > 60:
         axes.tick_params("x", rotation=30)
     seeds = f"{sweep.seeds} seeds, mean and each run" if sweep.seeds > 1 else "one seed"
-    axes.set(xlabel=" + ".join(axis.keys), ylabel="validation loss, nats per token", title=f"{sweep.config}: {seeds}")
+    keys = axis.keys if len(axis.keys) < 3 else tuple(sweep.short[key] for key in axis.keys)
+    axes.set(
+        xlabel=textwrap.fill(" + ".join(keys), 80),
+        ylabel="validation loss, nats per token",
+        title=f"{sweep.config}: {seeds}",
+    )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if any(lines):
