@@ -198,6 +198,7 @@ def test_integer_gradients_need_the_plain_scale(stories, tmp_path, capsys) -> No
     options = ["--model.recipe.scale=rms", "--model.arithmetic.input_gradient=int8"]
     assert fit([*tiny_options(stories, tmp_path / "run"), *options]) == 2
     assert "need float gradients" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_trained_factors_goes_on_and_is_packed(stories, tmp_path, run_fit) -> None:

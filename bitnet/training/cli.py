@@ -127,7 +127,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config.fit
         # Everything that can be wrong is looked at before a run folder exists.
-        self.model.check_parent()
+        self.model.check_recipe()
         self.model.resumes = self.ckpt_path is not None
         self.model.calibration_progress = PreparationProgress()
         others = {"--ckpt_path": self.ckpt_path, "model.init_from": self.model.init_from}
@@ -204,6 +204,7 @@ class FitCLI(LightningCLI):
             self.datamodule.eos_token = self.datamodule.eos_token or parent.get("eos_token")
 
     def before_fit(self) -> None:
+        self.model.check_strategy(self.trainer.strategy)
         if is_first_process():
             self._make_run_folder()
 

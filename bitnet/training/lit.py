@@ -24,6 +24,8 @@ from bitnet.training.optim import apply_schedule, build_optimizer, check_install
 DEFAULT_OPTIM = OptimConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
 DEFAULT_ARITHMETIC = Arithmetic()
+NOT_PLAIN = "scale, scale_per, learned_scale and mask_beyond"
+"""Options of ``BitNet`` whose layers are not the fast ones."""
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
@@ -122,6 +124,8 @@ class LitBitNet(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        self.check_recipe()
+        self.check_strategy(self.trainer.strategy)
         model = Transformer(self.config)
         if self.init_from:
             self._load_initial(model, self.init_from)
@@ -137,7 +141,6 @@ class LitBitNet(L.LightningModule):
         }
         self._apply_stage(model)
         model.loss_chunk, model.recomputes_blocks = self.loss_chunk, self.activation_checkpointing
-        self._check_scales()
         for layer in low_bit_layers(model).values():
             layer.arithmetic = self.arithmetic
         if self.arithmetic.forward == "int8":
@@ -146,33 +149,11 @@ class LitBitNet(L.LightningModule):
             from bitnet.training.parallel import shard_model  # slow to import, and seldom needed
 
             assert self.device_mesh is not None
-            self._check_spread()
             shard_model(model, self.device_mesh)
         if self.compile_blocks:
             for block in model.layers:
                 block.compile()
         self.model = model
-
-    def _check_scales(self) -> None:
-        """Refuse what only the plain scale, one absmean for each matrix, can do."""
-        if not isinstance(self.recipe, BitNet) or self.recipe.has_plain_scale:
-            return
-        options = "scale, scale_per, learned_scale and mask_beyond"
-        if self.is_spread and self.recipe.scale_per == "matrix":
-            raise UserError(f"model.recipe: {options} with sharded weights need scale_per = row, or a group of inputs.")
-        if {self.arithmetic.input_gradient, self.arithmetic.weight_gradient} != {"float"}:
-            raise UserError(f"model.arithmetic: {options} of the recipe need float gradients.")
-
-    def _check_spread(self) -> None:
-        """Refuse what cannot be computed over several processes as in one."""
-        if self.loss_chunk is not None and getattr(self.trainer.strategy, "tensor_parallel", 1) > 1:
-            raise UserError("model.loss_chunk: tensor parallelism cuts the output head another way; leave it out.")
-        begins_in_float = isinstance(self.recipe, BitNet) and self.recipe.begins_in_float
-        if begins_in_float and getattr(self.trainer.strategy, "gather", "") == "levels":
-            raise UserError(
-                "model.recipe: quantize_from and quantizer_warmup compute with latent weights at first: "
-                "set trainer.strategy.gather = latent with them, or both to 0."
-            )
 
     def _load_initial(self, model: Transformer, path: str) -> None:
         """Weights of another run; float and low-bit runs have the same keys."""
@@ -181,13 +162,33 @@ class LitBitNet(L.LightningModule):
         self.check_is_float(content["bitnet"], path)
         checkpoint.load_state(model, checkpoint.model_state(content), f"model.init_from = {path}")
 
-    def check_parent(self) -> None:
-        """Refuse a recipe that has nothing to start from, or nothing to train, before any work begins."""
+    def check_recipe(self) -> None:
+        """Refuse a recipe with nothing to start from, nothing to train or no such gradients, before any work begins."""
         name = type(self.recipe).__name__
         if not self.recipe.trains:
             raise UserError(f"model.recipe = {name}: there is nothing to train; use 'bitnet quantize'.")
         if self.recipe.needs_parent and not self.init_from:
             raise UserError(f"model.recipe = {name} starts from a trained float model: set model.init_from to its run.")
+        gradients = {self.arithmetic.input_gradient, self.arithmetic.weight_gradient}
+        if isinstance(self.recipe, BitNet) and not self.recipe.has_plain_scale and gradients != {"float"}:
+            raise UserError(f"model.arithmetic: {NOT_PLAIN} of the recipe need float gradients.")
+
+    def check_strategy(self, strategy: Any) -> None:
+        """Refuse what cannot be computed over several processes as in one, before any work begins."""
+        if not isinstance(strategy, ModelParallelStrategy):
+            return
+        recipe = self.recipe if isinstance(self.recipe, BitNet) else BitNet()
+        if not recipe.has_plain_scale and recipe.scale_per == "matrix":
+            raise UserError(
+                f"model.recipe: {NOT_PLAIN} with sharded weights need scale_per = row, or a group of inputs."
+            )
+        if self.loss_chunk is not None and getattr(strategy, "tensor_parallel", 1) > 1:
+            raise UserError("model.loss_chunk: tensor parallelism cuts the output head another way; leave it out.")
+        if recipe.begins_in_float and getattr(strategy, "gather", "") == "levels":
+            raise UserError(
+                "model.recipe: quantize_from and quantizer_warmup compute with latent weights at first: "
+                "set trainer.strategy.gather = latent with them, or both to 0."
+            )
 
     def check_is_float(self, description: dict[str, Any], path: str) -> None:
         """Refuse a low-bit parent where the recipe needs a float one; ``path`` is for the message."""
