@@ -208,7 +208,8 @@ def ladder(names: list[str], novels: Path, runs: Path, out: Path | None) -> None
         command = [sys.executable, "-m", "bitnet", "compare", *folders, "--data.path", str(text), "--threads", "1"]
         subprocess.run([*command, "--out", str(report)], cwd=ROOT, check=True)
         if out:
-            shutil.copyfile(report / "comparison.json", out / f"ladder_s_cpu_{datetime.date.today()}.json")
+            result = json.loads((report / "comparison.json").read_text(encoding="utf-8"))
+            write(out / "ladder_s", result | {"text": text.name})
             shutil.copyfile(report / "ladder.svg", ROOT / "docs/images/ladder_s.svg")
         print((report / "report.md").read_text(encoding="utf-8"))
 

@@ -111,6 +111,7 @@ def describe(rows: Sequence[Row]) -> list[str]:
 def plot_ladders(rows: Sequence[Row], folder: Path) -> list[Path]:
     """ladder.svg: a panel for each axis that has laws, its points and its curves."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     shown = {axis: points for axis in AXES if (points := ladders(rows, axis))}
     if not shown:
@@ -128,6 +129,9 @@ def plot_ladders(rows: Sequence[Row], folder: Path) -> list[Path]:
                 curve = np.geomspace(min(x), max(x), 60)
                 panel.plot(curve, laws(method, curve), color=f"C{number}", linewidth=1)
         panel.set(xscale="log", xlabel=AXES[axis][0])
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("bits per byte (lower is better)")
