@@ -304,6 +304,8 @@ def test_a_low_bit_parent_of_a_recipe_that_begins_in_float_is_named(finished_run
         said = capsys.readouterr().err
         assert (f"warning: model.init_from = {finished_run} is a low-bit model" in said) == warned
         assert ("set model.recipe.quantize_from = 0" in said) == warned
+    assert fit([*options, *late, "--trainer.max_steps=2", "--ckpt_path=last"]) == 0
+    assert "is a low-bit model" not in capsys.readouterr().err  # it was said when the run began
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -100,11 +100,9 @@ def describe(rows: Sequence[Row]) -> list[str]:
                 continue
             at = laws.crossing(first, method)
             seen = [x for p in (points[first], points[method]) for x, _ in p]
-            where = "never" if at is None else f"at {at:.3g}"
+            meet = "never meet" if at is None else f"meet at {at:.3g}"
             beyond = at is not None and not min(seen) <= at <= max(seen)
-            lines.append(
-                f"By these laws {method} and {first} meet {where}{', beyond what was measured' if beyond else ''}."
-            )
+            lines.append(f"By these laws {method} and {first} {meet}{', beyond what was measured' if beyond else ''}.")
     return lines
 
 

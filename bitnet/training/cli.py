@@ -139,8 +139,8 @@ class FitCLI(LightningCLI):
         model_config = replace(self.model.config, vocab_size=store.vocab_size)
         for where, content in contents.items():
             check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), where)
-        if parent := contents.get(f"model.init_from {self.model.init_from}"):
-            self._warn_of_float(parent["bitnet"])
+        if self.model.init_from and not self.model.resumes:
+            self._warn_of_float(contents[f"model.init_from {self.model.init_from}"]["bitnet"])
         self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
         if self.ckpt_path is not None:
             content = contents[f"--ckpt_path {self.ckpt_path}"]

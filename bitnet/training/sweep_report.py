@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from bitnet.progress import run_console
+from bitnet.progress import TableConsole
 from bitnet.training.sweep import Axis, Settings, Sweep, figures
 
 FIGURES = {"val/loss": "validation loss", "val/bpb": "bits per byte", "perf/tokens_per_s": "tokens/s"}
@@ -72,7 +72,7 @@ def write_report(sweep: Sweep, errors: dict[str, str]) -> None:
         table.add_column(column, justify="left" if number < len(sweep.short) else "right")
     for row in rows:
         table.add_row(*row, style="bold" if row[-1] else None)
-    console = run_console()
+    console = TableConsole(width=140)
     console.print(table)
     texts = {run.folder.name: run.text for run in sweep.runs}
     failures = [f"failed: {texts[name]}: {error}" for name, error in errors.items()]

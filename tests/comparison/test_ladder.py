@@ -66,7 +66,7 @@ def test_a_report_says_the_laws_and_draws_them(tmp_path: Path) -> None:
     found = describe(rows())
     assert len(found) == 4
     assert "float: 20" in found[0] or "float: 19" in found[0] or "float: 21" in found[0]
-    assert "W1.58A8 and float meet never" in found[1]
+    assert "W1.58A8 and float never meet." in found[1]
     assert "against bits of the file" in found[2]
     (file,) = plot_ladders(rows(), tmp_path)
     assert file.read_text().count("training tokens") >= 1

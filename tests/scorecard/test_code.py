@@ -101,7 +101,11 @@ def opened_for_export() -> Any:
     return opened_model(dim=64, ffn_dim=64)
 
 
-CALLS = {"eval", "exec", "compile", "__import__", "extractall", "system", "popen"}
+CALLS = {"eval", "exec", "compile", "__import__", "extractall"}
+OWNED = {("yaml", "load"), ("yaml", "unsafe_load"), ("jinja2", "Template"), ("os", "system"), ("os", "popen")}
+"""Unsafe by module and name; so is ``torch.load`` without ``weights_only``."""
+BY_NAME = {"torch", "builtins", *(module for module, _ in OWNED)}
+"""Modules that must keep their names, or what is called could not be told from the line."""
 KEYWORDS = {("weights_only", False), ("trust_remote_code", True), ("shell", True), ("allow_pickle", True)}
 MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "*"}
 
@@ -112,14 +116,14 @@ def unsafe(node: ast.AST, file: Path) -> str:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
         owner = getattr(getattr(node.func, "value", None), "id", "")
         plain = isinstance(node.func, ast.Name) or name == "extractall"
-        if name in CALLS and (plain or owner in ("os", "builtins")):
+        if name in CALLS and (plain or owner == "builtins"):
             return f"{owner}.{name}()"
         keywords = {(k.arg, k.value.value) for k in node.keywords if isinstance(k.value, ast.Constant)}
         if found := keywords & KEYWORDS:
             return str(found)
         if (owner, name) == ("torch", "load") and ("weights_only", True) not in keywords:
             return "torch.load without weights_only=True"
-        if (owner, name) in (("yaml", "load"), ("yaml", "unsafe_load"), ("jinja2", "Template")):
+        if (owner, name) in OWNED:
             return f"{owner}.{name}()"
     if isinstance(node, ast.ImportFrom | ast.Import):
         names = {alias.name.split(".")[0] for alias in node.names} | {
@@ -128,18 +132,36 @@ def unsafe(node: ast.AST, file: Path) -> str:
         # The one pickle that is read goes through an unpickler of our own that knows what it may name.
         if found := names & (MODULES - ({"pickle"} if file.name == "sharded_checkpoint.py" else set())):
             return f"imports {found}"
+    if isinstance(node, ast.ImportFrom):
+        found = {(node.module, alias.name) for alias in node.names} & {*OWNED, ("torch", "load")}
+        if found or node.module == "builtins":
+            return f"imports from {node.module}"
+    if isinstance(node, ast.Import) and any(alias.asname and alias.name in BY_NAME for alias in node.names):
+        return "another name for a module"
     if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "pickle":
         return "" if node.attr in ("Unpickler", "UnpicklingError") else f"pickle.{node.attr}"
     return ""
 
 
-LINES = {
-    "eval('1')": True, "torch.load(f)": True, "torch.load(f, weights_only=False)": True, "import pickle": True,
-    "yaml.load(f)": True, "torch.load(f, weights_only=True)": False, "yaml.safe_load(f)": False, "model.eval()": False,
-}  # fmt: skip
+# Written out and not made from the lists above, so that a word that is lost there is missed here. Parsed, never run.
+UNSAFE = (
+    "eval(text)", "exec(text)", "compile(text, '', 'exec')", "__import__(name)", "builtins.eval(text)",
+    "os.system(text)", "os.popen(text)", "from os import system", "import os as o", "import builtins as b",
+    "subprocess.run(text, shell=True)", "archive.extractall(folder)",
+    "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=flag)", "from torch import load",
+    "import torch as t", "np.load(f, allow_pickle=True)", "model(path, trust_remote_code=True)",
+    "yaml.load(f)", "yaml.unsafe_load(f)", "from yaml import unsafe_load", "jinja2.Template(text)",
+    "from jinja2 import Template", "import pickle", "import pickle as p", "from pickle import loads", "pickle.loads(b)",
+    "import marshal", "import shelve", "import dill", "import cloudpickle", "import joblib", "from somewhere import *",
+)  # fmt: skip
+SAFE = (
+    "torch.load(f, weights_only=True)", "yaml.safe_load(f)", "model.eval()", "re.compile(text)", "block.compile()",
+    "platform.system()", "subprocess.run(words)", "import torch", "import os", "from torch import Tensor",
+    "from jinja2.sandbox import SandboxedEnvironment", "np.load(f, allow_pickle=False)",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("line,is_unsafe", LINES.items())
+@pytest.mark.parametrize("line,is_unsafe", [*((s, True) for s in UNSAFE), *((s, False) for s in SAFE)])
 def test_unsafe_lines_are_told_from_others(line, is_unsafe) -> None:
     assert any(unsafe(node, Path("x.py")) for node in ast.walk(ast.parse(line))) == is_unsafe
 
