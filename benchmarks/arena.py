@@ -84,6 +84,8 @@ def check_options(folder: Path, options: dict[str, Any]) -> None:
     """Refuse to take a run for one with ``options`` that was trained with others."""
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     for key, value in options.items():
+        if key.startswith("trainer.callbacks"):  # a list there, and settings of its last entry here
+            continue
         found = config
         for part in key.split("."):
             found = found[part] if part in found else found["init_args"][part]

@@ -44,6 +44,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "loss_chunk": {"loss_chunk": 256},
     "checkpointing": {"activation_checkpointing": True},
+    "from float": {"begins_in_float": True},
     "muon": {"optimizer": "muon"},
     "adafactor": {"optimizer": "adafactor"},
     "adamw8bit": {"optimizer": "adamw8bit"},
@@ -69,6 +70,7 @@ def measure(shape: dict[str, int], weight: str, switch: str = "plain") -> dict[s
 
     from bitnet import BitNet, ModelConfig, OptimConfig, Transformer
     from bitnet.estimate import training_memory
+    from bitnet.layers import low_bit_layers
     from bitnet.loss import next_token_loss
     from bitnet.training.optim import build_optimizer
 
@@ -85,7 +87,10 @@ def measure(shape: dict[str, int], weight: str, switch: str = "plain") -> dict[s
         model.recomputes_blocks = options.get("activation_checkpointing", False)
         optimizer = build_optimizer(model, OptimConfig(kind=options.get("optimizer", "adamw")))
         ids = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1))
-        for _ in range(steps):
+        layers = low_bit_layers(model).values()
+        for step in range(steps):
+            for layer in layers if options.get("begins_in_float") else ():
+                layer.warmup = min(step / 2, 1.0)  # in float, half blended in, low-bit
             next_token_loss(model, {"inputs": ids[:, :-1], "targets": ids[:, 1:]}).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -125,21 +125,40 @@ def training_memory(
     optimizer: str = "adamw",
     loss_chunk: int | None = None,
     activation_checkpointing: bool = False,
+    begins_in_float: bool = False,
 ) -> TrainingMemory:
     """Peak bytes of live tensors in one micro-batch of ``rows`` x ``seq_len`` tokens, float32 latent weights.
 
     Weights and gradients take 4 bytes each, the trits that autograd keeps one. Activations are what autograd saves, and
     the logits with their log-softmax and two gradients, which are alive together where forward turns into backward;
     with ``loss_chunk``, those of that many tokens. With ``activation_checkpointing``, the input of each block is kept,
-    and what one block saves is there only when the logits no longer are. A CPU heap fragments: its resident set can be
-    half as much again.
+    and what one block saves is there only when the logits no longer are. A run that ``begins_in_float`` takes what its
+    larger phase takes; while quantizers are blended in, that is what the float phase takes. A CPU heap fragments: its
+    resident set can be half as much again.
     """
-    counts, tokens = count_parameters(config), rows * seq_len
-    compute = 2 if bf16 else 4
     quantized = weight != "none" and act_bits != "none"
+    phases = [
+        _phase_memory(
+            config, low_bit, rows * seq_len, 2 if bf16 else 4, optimizer, loss_chunk, activation_checkpointing
+        )
+        for low_bit in ({quantized, False} if begins_in_float else {quantized})
+    ]
+    return max(phases, key=lambda phase: phase.total)
+
+
+def _phase_memory(
+    config: ModelConfig,
+    quantized: bool,
+    tokens: int,
+    compute: int,
+    optimizer: str,
+    loss_chunk: int | None,
+    activation_checkpointing: bool,
+) -> TrainingMemory:
+    counts = count_parameters(config)
     trits = counts.linear if quantized else 0
     block = tokens * _kept_per_token(config, quantized, compute)
-    logits = min(loss_chunk or tokens, tokens) * config.vocab_size * (3 * 4 + (compute if bf16 else 0))
+    logits = min(loss_chunk or tokens, tokens) * config.vocab_size * (3 * 4 + (compute if compute == 2 else 0))
     if loss_chunk is not None:  # the gradient of what the head reads is there at the same time
         logits += tokens * 4 * config.dim
     activations = config.n_layers * block + logits

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.nn import functional as F
 
@@ -156,7 +157,8 @@ def test_warmup_goes_from_float_to_exact_and_never_touches_eval() -> None:
     served = copy.deepcopy(layer).eval()(x)
     layer.warmup = 0.0
     assert torch.equal(layer(x), F.linear(x, layer.weight))
-    layer.warmup = 0.5
+    with torch.inference_mode():  # also where a number would not be good for backward
+        layer.warmup = 0.5
     w_q, w_inv = WEIGHT_QUANTIZERS["ternary"](layer.weight)
     x_q, x_inv = ACTIVATION_QUANTIZERS[8](x)
     halfway = F.linear((x + x_q / x_inv) / 2, (layer.weight + w_q / w_inv) / 2)
@@ -164,6 +166,49 @@ def test_warmup_goes_from_float_to_exact_and_never_touches_eval() -> None:
     assert torch.equal(layer.eval()(x), served)
     layer.train().warmup = 1.0
     assert torch.equal(layer(x), served)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
+def test_gradients_while_blending_are_those_of_float64_and_keep_nothing_new(warmup) -> None:
+    """What autograd keeps are the inputs and the weight themselves, or memory would run out in the middle of a run."""
+    layer, x, g = make("ternary"), torch.randn(6, 96, requires_grad=True), torch.randn(6, 48)
+    layer.act_bits, layer.warmup = ("none", 1.0) if warmup == 1.0 else (8, warmup)  # one-sided at full strength
+    there, kept = {t.untyped_storage().data_ptr() for t in (x, layer.weight)}, set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() > 0:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    layer.warmup = 0.7  # backward belongs to the forward that was
+    y.backward(g)
+    assert kept <= there
+    w, w_inv = layer.weight.detach(), layer.quantized_weight()[1].double()
+    q = (w.double() * w_inv).round().clamp(-1, 1) / w_inv
+    a = x.detach().double()
+    a_inv = 127 / a.abs().amax(-1, keepdim=True)
+    rounded = (a * a_inv).round() / a_inv if layer.act_bits == 8 else a
+    blended_w, blended_a = (u + warmup * (v - u) for u, v in ((w.double(), q), (a, rounded)))
+    torch.testing.assert_close(y.double(), blended_a @ blended_w.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), g.double() @ blended_w, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad.double(), g.double().T @ blended_a, rtol=1e-4, atol=1e-5)
+
+
+def test_blending_is_compiled_once(monkeypatch) -> None:
+    """A number that changes with each step would be compiled anew each time, until the compiler gives up for good."""
+    counter, x = torch._dynamo.testing.CompileCounterWithBackend("aot_eager"), torch.randn(4, 96)
+    block = nn.Sequential(make("ternary"), make("binary", k=48))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    compiled, compilations = torch.compile(block, backend=counter), []
+    for warmup in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        for layer in block:
+            layer.warmup = warmup
+        assert torch.equal(compiled(x), block(x))
+        compilations.append(counter.frame_count)
+    assert 0 < compilations[0] < compilations[1] <= compilations[2] == compilations[-1]
 
 
 @pytest.mark.parametrize("fused", [True, False])

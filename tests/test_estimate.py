@@ -51,6 +51,7 @@ def test_flops_are_those_that_torch_counts() -> None:
         ("none", "plain"),
         ("ternary", "loss_chunk"),
         ("ternary", "checkpointing"),
+        ("ternary", "from float"),
         ("ternary", "the same, adafactor"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bitnet.input_transforms import TRANSFORMS, TransformName
 from bitnet.layers.integer_products import (
@@ -34,6 +35,7 @@ from bitnet_kernels.cpu.weights import pack_levels
 
 WeightKind = Literal["ternary", "binary", "none"]
 ActBits = Literal[8, 4, "none"]
+Phase = Literal["float", "blended", "low-bit"]
 
 
 class BitLinear(nn.Linear):
@@ -93,6 +95,18 @@ class BitLinear(nn.Linear):
         new.weight, new.bias = linear.weight, linear.bias
         new.train(linear.training)
         return new
+
+    @property
+    def warmup(self) -> float:
+        return float(self._strength)
+
+    @warmup.setter
+    def warmup(self, value: float) -> None:
+        # ``torch.compile`` looks at the phase and takes the tensor as it comes. For each new value of a number it would
+        # compile anew, and after eight of them give up for the rest of the run.
+        self.phase: Phase = "float" if value <= 0.0 else "low-bit" if value >= 1.0 else "blended"
+        with torch.inference_mode(False):  # wherever it is set: backward may need it
+            self._strength = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
         """``(q, inv_scale)``: int8 (N, K) and float32 () of the latent weight as it is now."""
@@ -158,9 +172,9 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.transformed(x)
-        blending = self.training and self.warmup < 1.0
-        if self.weight_kind == "none" or self.act_bits == "none" or blending:
-            return self._float_forward(x, self.warmup if blending else 1.0)
+        phase: Phase = self.phase if self.training else "low-bit"
+        if self.weight_kind == "none" or self.act_bits == "none" or phase != "low-bit":
+            return self._float_forward(x, phase)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         cut = self.split if self.split is not None and self.split.dim == "inputs" else None
@@ -174,31 +188,46 @@ class BitLinear(nn.Linear):
         y = y.view(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias
 
-    def _float_forward(self, x: Tensor, warmup: float) -> Tensor:
-        """Fake quantization of whichever side is low-bit, blended by ``warmup``: u + warmup * (quantized(u) - u)."""
+    def _float_forward(self, x: Tensor, phase: Phase) -> Tensor:
+        """Fake quantization of whichever side is low-bit, blended by ``warmup``: u + warmup * (quantized(u) - u).
+
+        Backward makes the blended operands again from ``x`` and the weight, which are there anyway: kept, they would
+        take more than the float layer that a run begins with, and memory would run out in the middle of it. (The
+        compiler decides by itself what is cheap to make again.)
+        """
+        operands = x, phase, self._strength
+        if phase == "float" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            y = self._float_product(*operands)
+        else:
+            y = checkpoint(self._float_product, *operands, use_reentrant=False, preserve_rng_state=False)
+        if self.split is not None and self.split.dim == "inputs":
+            y = AddUp.apply(y, self.split)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
+
+    def _float_product(self, x: Tensor, phase: Phase, strength: Tensor) -> Tensor:
         w = local_part(self.weight)
         if self.weight_kind != "none":
-            w = self._blended_weight(w, warmup)
-        if self.act_bits != "none" and warmup:
-            x = blend(x, fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), warmup)
-        if self.split is not None and self.split.dim == "inputs":
-            y: Tensor = AddUp.apply(F.linear(x, w), self.split)  # type: ignore[no-untyped-call]
-            return y if self.bias is None else y + self.bias
-        return F.linear(x, w, self.bias)
+            w = self._blended_weight(w, phase, strength)
+        if self.act_bits != "none" and phase != "float":
+            x = straight_through(
+                blend(x.detach(), fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), phase, strength), x
+            )
+        return F.linear(x, w)
 
-    def _blended_weight(self, w: Tensor, warmup: float) -> Tensor:
-        if not warmup:
+    def _blended_weight(self, w: Tensor, phase: Phase, strength: Tensor) -> Tensor:
+        if phase == "float":
             return w
         levels = self.levels()
-        return blend(w, dequantize(levels.q, levels.inv_scale, None).to(w.dtype), warmup)
+        dense = dequantize(levels.q, levels.inv_scale, None).to(w.dtype)
+        return straight_through(blend(w.detach(), dense, phase, strength), w)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_kind={self.weight_kind}, act_bits={self.act_bits}"
 
 
-def blend(x: Tensor, quantized: Tensor, warmup: float) -> Tensor:
-    """``x + warmup * (quantized - x)`` in the forward pass, the identity to ``x`` in the backward pass."""
-    return straight_through(quantized if warmup == 1.0 else torch.lerp(x.detach(), quantized, warmup), x)
+def blend(x: Tensor, quantized: Tensor, phase: Phase, strength: Tensor) -> Tensor:
+    """``x + strength * (quantized - x)``; wholly quantized where nothing is blended in any more."""
+    return quantized if phase == "low-bit" else torch.lerp(x, quantized, strength.to(x.dtype))
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, BitLinear]:

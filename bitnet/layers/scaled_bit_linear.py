@@ -9,7 +9,7 @@ A process that holds some rows, or whole groups, of a matrix has all that their 
 import torch
 from torch import Tensor, nn
 
-from bitnet.layers.bit_linear import ActBits, BitLinear
+from bitnet.layers.bit_linear import ActBits, BitLinear, Phase, blend
 from bitnet.layers.grouped_product import Served, grouped_product
 from bitnet.layers.integer_products import Levels, activation_rows, dequantize, low_bit_forward
 from bitnet.layers.sharding import AddUp, local_part
@@ -90,12 +90,13 @@ class ScaledBitLinear(BitLinear):
         )
         return w
 
-    def _blended_weight(self, w: Tensor, warmup: float) -> Tensor:
-        fake = self._fake_weight(self.levels())
-        return fake if warmup == 1.0 else torch.lerp(w, fake, warmup)
+    def _blended_weight(self, w: Tensor, phase: Phase, strength: Tensor) -> Tensor:
+        if phase == "float" and self.factor is None:
+            return w
+        return blend(w, self._fake_weight(self.levels()), phase, strength)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act_bits == "none" or (self.training and self.warmup < 1.0):
+        if self.act_bits == "none" or (self.training and self.phase != "low-bit"):
             return super().forward(x)
         x = self.transformed(x)
         device = x.device.type

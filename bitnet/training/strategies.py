@@ -23,13 +23,14 @@ class FullySharded(ModelParallelStrategy):
     Args:
         tensor_parallel: Devices that share each matrix of a block; the rest is data parallel.
         gather: What a block's low-bit matrices are gathered as: packed levels (2 bits or 1), or their latent weights.
+            Unless set, levels wherever the recipe computes with them from the first step on.
         sharded_checkpoints: Save a folder to which every process writes its part, in place of one ordinary file.
     """
 
     def __init__(
         self,
         tensor_parallel: int = 1,
-        gather: Literal["levels", "latent"] = "levels",
+        gather: Literal["levels", "latent"] | None = None,
         sharded_checkpoints: bool = False,
     ) -> None:
         if tensor_parallel < 1:

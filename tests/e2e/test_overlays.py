@@ -88,6 +88,7 @@ def test_compiled_blocks_train_like_eager_ones(stories, tmp_path) -> None:
     for compiled in ("false", "true"):
         folder = tmp_path / compiled
         options = [f"--model.compile={compiled}", "--model.config.dropout=0", "--trainer.max_steps=10"]
+        options += ["--model.recipe.quantize_from=0.2", "--model.recipe.quantizer_warmup=0.5"]
         command([*tiny_options(stories, folder), *options], TORCHDYNAMO_DISABLE="0")
         losses.append(json.loads((folder / "summary.json").read_text())["figures"]["val/loss"])
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
@@ -99,10 +100,12 @@ def command(arguments: list[str], **environment: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 0.4], ids=["low bits throughout", "low bits blended in"])
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_would(stories, tmp_path: Path, overlay) -> None:
+def test_two_processes_train_what_one_would(stories, tmp_path: Path, overlay, late) -> None:
     """Two ranks of 2 rows see the rows of one process of 4; only the order of float sums differs."""
     same = ["--model.config.dropout=0", "--trainer.max_steps=6", "--trainer.val_check_interval=6"]
+    same += [f"--model.recipe.quantize_from={late}", f"--model.recipe.quantizer_warmup={late}"]
     command([*tiny_options(stories, tmp_path / "one"), *same])
     two = ["--config", f"overlays/{overlay}", "--trainer.devices=2", "--data.batch_size=2"]
     command([*tiny_options(stories, tmp_path / "two"), *same, *two])

@@ -99,8 +99,9 @@ def test_a_full_disk_is_one_line(stories, tmp_path, capsys, monkeypatch) -> None
 
 @pytest.mark.parametrize("late", ["quantize_from=0.5", "quantizer_warmup=3"])
 def test_latent_weights_are_not_gathered_as_levels(stories, tmp_path, capsys, late) -> None:
-    assert fit([*options(stories, tmp_path / "run", 1, sharded=True), f"--model.recipe.{late}"]) == 2
-    assert "set trainer.strategy.gather = latent with them, or both to 0." in capsys.readouterr().err
+    arguments = [*options(stories, tmp_path / "run", 1, sharded=True), f"--model.recipe.{late}"]
+    assert fit([*arguments, "--trainer.strategy.gather=levels"]) == 2
+    assert "Set both to 0, or leave gather out." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
