@@ -44,6 +44,7 @@ from bitnet.training.changes import changes, record_of
 from bitnet.training.interruption import Interrupted, ended_by_signals
 from bitnet.training.lit import LitBitNet
 from bitnet.training.optim import check_same_kind
+from bitnet.training.report import RunReport
 from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
 from bitnet.training.shipped import find_config
 from bitnet.training.tensorboard import RunLogger
@@ -207,6 +208,12 @@ class FitCLI(LightningCLI):
         self.model.check_strategy(self.trainer.strategy)
         if is_first_process():
             self._make_run_folder()
+
+    def after_fit(self) -> None:
+        """A run that was stopped between its last step and the validation after it has only that left to do."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, RunReport) and callback.waits_for_validation for callback in callbacks):
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
 
     def _make_run_folder(self) -> None:
         if self.ckpt_path is None and not is_free(self.run_folder):

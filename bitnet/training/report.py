@@ -86,7 +86,9 @@ class RunReport(Callback):
 
     def __init__(self) -> None:
         self._started = 0.0
-        self._first_step = 0
+        self._first_step: int | None = None
+        self.waits_for_validation = False
+        """Whether all steps were made before, and the validation after the last one was not."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._started = time.monotonic()
@@ -121,10 +123,21 @@ class RunReport(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        folder = Path(trainer.default_root_dir)
-        seconds = time.monotonic() - self._started
         if trainer.logger is not None:
             trainer.logger.save()
+        if self._first_step is None and trainer.world_size == 1 and trainer.limit_val_batches:
+            validated = read_curves(Path(trainer.default_root_dir), ("val/loss",)).get("val/loss", [(-1, 0.0)])
+            self.waits_for_validation = validated[-1][0] < trainer.global_step
+        if not self.waits_for_validation:
+            self._write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "validate" and self.waits_for_validation:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        seconds = time.monotonic() - self._started
         curves = read_curves(
             folder,
             (
@@ -154,7 +167,8 @@ class RunReport(Callback):
             "threads": torch.get_num_threads(),
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        for line in _closing_lines(folder, summary, trainer.global_step - self._first_step):
+        steps = 0 if self._first_step is None else trainer.global_step - self._first_step
+        for line in _closing_lines(folder, summary, steps):
             say(trainer, line)
 
 

@@ -12,7 +12,7 @@ from bitnet.training.cli import main as fit
 from bitnet.training.lit import LitBitNet
 
 from ..conftest import tiny_options
-from ..runs import STREAM, WINDOW, WORKERS, run_digest
+from ..runs import STREAM, WINDOW, WORKERS, run_digest, run_python
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,24 @@ def test_every_optimizer_learns_and_resumes_with_the_same_bits(texts, tmp_path, 
     _stop_after(11, texts, tmp_path / "parts", 30, options)
     run_fit(texts, tmp_path / "parts", "--trainer.max_steps=30", *options, "--ckpt_path=last")
     assert run_digest(tmp_path / "parts") == run_digest(tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_last_validation_has_only_that_left(texts, tmp_path, run_fit) -> None:
+    """Its last checkpoint is there, so no step follows; the figures are those of a run that was left alone."""
+    options = (
+        "--trainer.max_steps=12",
+        "--trainer.val_check_interval=12",
+        "--trainer.callbacks.every_n_train_steps=12",
+    )
+    run_fit(texts, tmp_path / "whole", *options)
+    stop = "--trainer.callbacks+=tests.training.stopping.StopBeforeValidation"
+    run_python("train.py", *tiny_options(texts, tmp_path / "killed"), *options, stop, code=7)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    run_fit(texts, tmp_path / "killed", *options, "--ckpt_path=last")
+    whole, killed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
+    for figure in ("val/loss", "val/bpb", "train/loss"):
+        assert killed["figures"][figure] == whole["figures"][figure]
+    assert killed["steps"] == 12 and killed["best_val_bpb"] == whole["best_val_bpb"]
 
 
 def test_the_state_of_another_optimizer_is_refused_in_one_line(texts, tmp_path, run_fit, capsys) -> None:

@@ -1,4 +1,4 @@
-"""A callback for runs in processes of their own: ends the run behind a step, as a power cut between steps would."""
+"""Callbacks for runs in processes of their own: end the run behind a step, as a power cut there would."""
 
 import os
 
@@ -13,3 +13,8 @@ class StopAfter(Callback):
         if trainer.global_step >= self.step:
             trainer.strategy.barrier()
             os._exit(7)
+
+
+class StopBeforeValidation(Callback):
+    def on_validation_start(self, trainer, pl_module) -> None:
+        os._exit(7)
