@@ -212,7 +212,7 @@ class BitLinear(nn.Linear):
             x = straight_through(
                 blend(x.detach(), fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), phase, strength), x
             )
-        return F.linear(x, w)
+        return F.linear(x, w.to(x.dtype))  # float32 latent weights in a bf16 model
 
     def _blended_weight(self, w: Tensor, phase: Phase, strength: Tensor) -> Tensor:
         if phase == "float":

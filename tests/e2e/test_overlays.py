@@ -117,9 +117,11 @@ def test_two_processes_train_what_one_would(stories, tmp_path: Path, overlay, la
     assert figures[1]["val/loss"] == pytest.approx(figures[0]["val/loss"], abs=2e-3)
 
 
-def test_bf16_true_keeps_float32_latent_weights(stories, tmp_path, run_fit) -> None:
+@pytest.mark.parametrize("late", [0, 0.3], ids=["low bits throughout", "low bits blended in"])
+def test_bf16_true_keeps_float32_latent_weights(stories, tmp_path, run_fit, late) -> None:
     """Everything else is bf16, also the default dtype of new tensors, which no kernel may rely on."""
     options = ["--config", "overlays/bf16_true", "--trainer.max_steps=30", "--model.optim.lr=1e-2"]
+    options += [f"--model.recipe.quantize_from={late}", f"--model.recipe.quantizer_warmup={late}"]
     run_fit(stories, tmp_path / "run", *options)
     content = read_checkpoint(tmp_path / "run")
     for name, tensor in content["state_dict"].items():
