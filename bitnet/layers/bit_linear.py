@@ -197,11 +197,12 @@ class BitLinear(nn.Linear):
         """
         operands = x, phase, self._strength
         if phase == "float" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            y = self._float_product(*operands)
+            y: Tensor = self._float_product(*operands)
         else:
             y = checkpoint(self._float_product, *operands, use_reentrant=False, preserve_rng_state=False)
-        if self.split is not None and self.split.dim == "inputs":
-            y = AddUp.apply(y, self.split)  # type: ignore[no-untyped-call]
+        if self.split is None or self.split.dim != "inputs":
+            return y
+        y = AddUp.apply(y, self.split)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
     def _float_product(self, x: Tensor, phase: Phase, strength: Tensor) -> Tensor:
@@ -212,7 +213,9 @@ class BitLinear(nn.Linear):
             x = straight_through(
                 blend(x.detach(), fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), phase, strength), x
             )
-        return F.linear(x, w.to(x.dtype))  # float32 latent weights in a bf16 model
+        whole = self.bias is not None and (self.split is None or self.split.dim != "inputs")
+        # Latent weights are float32 in a bf16 model, too.
+        return F.linear(x, w.to(x.dtype), self.bias.to(x.dtype) if whole else None)
 
     def _blended_weight(self, w: Tensor, phase: Phase, strength: Tensor) -> Tensor:
         if phase == "float":
