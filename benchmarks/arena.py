@@ -70,7 +70,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 LADDER = ("float", "our ternary")
 """Rows that are compared at several widths unless ``--rows`` says others."""
-WIDTHS = (64, 96, 128, 192)
+WIDTHS: dict[int, dict[str, Any]] = {64: {}, 96: {}, 128: {}, 192: {"model.optim.matrix_lr": 8e-3}}
+"""Widths of the ladder, and what changes there: from 192 on both twins want a lower rate (the fifth round)."""
 
 
 def books(folder: Path, names: tuple[str, ...]) -> list[str]:
@@ -196,10 +197,10 @@ def ladder(names: list[str], novels: Path, runs: Path, out: Path | None) -> None
     """Rows at four widths, compared as they are stored on the validation books."""
     folders = []
     for name in names:
-        for width in WIDTHS:
+        for width, changes in WIDTHS.items():
             folder = runs / f"{name.replace(' ', '_')}_{0 if width == 128 else f'dim{width}'}"  # 128 is s.yaml's
             sizes = {"dim": width, "n_heads": width // 32, "ffn_dim": 3 * width}
-            options = {**ROWS[name], **{f"model.config.{key}": value for key, value in sizes.items()}}
+            options = {**ROWS[name], **changes, **{f"model.config.{key}": value for key, value in sizes.items()}}
             train({"seed_everything": 0, "data.seed": 0, **options}, novels, folder)
             folders.append(str(folder))
     with tempfile.TemporaryDirectory() as scratch:

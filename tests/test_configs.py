@@ -21,7 +21,15 @@ def test_the_named_configs_are_there() -> None:
     )
     assert {"overlays/bf16", "overlays/compile", "overlays/ddp", "overlays/fsdp", "overlays/smoke"} <= set(OVERLAYS)
     assert parse_config(["--config", "tiny", "--config", "overlays/checkpointing"]).activation_checkpointing
-    assert parse_config(["--config", "tiny", "--config", "overlays/muon"]).optim.kind == "muon"
+    assert parse_config(["--config", "posttrain/qat", "--config", "overlays/muon"]).optim.kind == "muon"
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "float" not in name])
+def test_the_papers_recipe_is_an_overlay(name) -> None:
+    ours, theirs = (parse_config(["--config", name, *more]) for more in ([], ["--config", "overlays/papers"]))
+    assert ours.recipe.begins_in_float and ours.optim.kind == "muon"
+    assert not theirs.recipe.begins_in_float and (theirs.optim.kind, theirs.optim.matrix_lr) == ("adamw", None)
+    assert theirs.recipe.weight == ours.recipe.weight and theirs.optim.lr == ours.optim.lr
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -78,7 +86,8 @@ def test_overlays_merge_over_a_preset(overlay) -> None:
     merged = parse_config(["--config", "ternary_125m", "--config", overlay])
     if overlay != "overlays/smoke":
         assert merged.model == alone.model and merged.data == alone.data
-    assert merged.recipe == alone.recipe
+    if overlay != "overlays/papers":
+        assert merged.recipe == alone.recipe
 
 
 def test_tiny_suits_every_export() -> None:
@@ -93,7 +102,7 @@ def test_packed_size_by_hand() -> None:
 
 
 def test_published_learning_rates() -> None:
-    """BitNet b1 125M: 2.4e-3; BitNet v2 400M: 1.8e-3; tips 1.3B: 1.2e-3; QuEST 30M: 1.2e-3; FloatLM 99M: 4e-4."""
+    """With AdamW; BitNet b1 125M: 2.4e-3; BitNet v2 400M: 1.8e-3; tips 1.3B: 1.2e-3; QuEST 30M: 1.2e-3."""
     import yaml
 
     from bitnet.training.shipped import find_config
@@ -102,7 +111,7 @@ def test_published_learning_rates() -> None:
     del rates["tiny"]
     assert rates == {
         "binary_125m": 2.4e-3,
-        "float_125m": 4e-4,
+        "float_125m": 2.4e-3,  # as the twin it is compared with
         "ternary_125m": 2.4e-3,
         "ternary_1b": 1.2e-3,
         "ternary_30m": 1.2e-3,
