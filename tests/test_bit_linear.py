@@ -196,6 +196,20 @@ def test_gradients_while_blending_are_those_of_float64_and_keep_nothing_new(warm
     torch.testing.assert_close(layer.weight.grad.double(), g.double().T @ blended_a, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_a_float_start_keeps_no_bf16_copies_of_weights(warmup) -> None:
+    layer, x, kept = make("ternary"), torch.randn(6, 96, requires_grad=True), []
+    layer.warmup = warmup
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t),
+    ):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and torch.bfloat16 not in kept
+    y.float().sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
 def test_blending_is_compiled_once(monkeypatch) -> None:
     """A number that changes with each step would be compiled anew each time, until the compiler gives up for good."""
     counter, x = torch._dynamo.testing.CompileCounterWithBackend("aot_eager"), torch.randn(4, 96)

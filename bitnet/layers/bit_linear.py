@@ -196,7 +196,9 @@ class BitLinear(nn.Linear):
         compiler decides by itself what is cheap to make again.)
         """
         operands = x, phase, self._strength
-        if phase == "float" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        narrow = x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)  # a copy of the weight, then
+        makes_operands = phase != "float" or narrow
+        if not makes_operands or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             y: Tensor = self._float_product(*operands)
         else:
             y = checkpoint(self._float_product, *operands, use_reentrant=False, preserve_rng_state=False)

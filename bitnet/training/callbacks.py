@@ -6,6 +6,7 @@ histograms ``weights/<layer>`` and ``samples/text``. The step axis counts optimi
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,10 @@ class SampleText(Callback):
         prompt = [int(i) % UNSAID for i in pl_module.data.tokens.ids("val")[: self.PROMPT_TOKENS]]
         room = pl_module.config.max_seq_len - len(prompt)
         model = pl_module.transformer
-        ids = list(
-            generate_tokens(model, prompt, min(self.max_new_tokens, room), Sampling(), pl_module.data.tokens.eos_id)
-        )
+        length, eos_id = min(self.max_new_tokens, room), pl_module.data.tokens.eos_id
+        # Compiled blocks would be compiled anew for each layer of a cache, until the compiler gives them up for good.
+        with torch.compiler.set_stance("force_eager") if pl_module.compile_blocks else nullcontext():
+            ids = list(generate_tokens(model, prompt, length, Sampling(), eos_id))
         text, start = tokenizer.decode(prompt + ids), tokenizer.decode(prompt)
         progress = trainer.progress_bar_callback
         if isinstance(progress, RunProgress):

@@ -138,6 +138,8 @@ class RunReport(Callback):
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         folder = Path(trainer.default_root_dir)
         seconds = time.monotonic() - self._started
+        if trainer.logger is not None:
+            trainer.logger.save()  # or what was logged last may not be in the file yet
         curves = read_curves(
             folder,
             (

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from bitnet import load_checkpoint
 from bitnet.checkpoint import read_checkpoint
@@ -92,6 +93,35 @@ def test_compiled_blocks_train_like_eager_ones(stories, tmp_path) -> None:
         command([*tiny_options(stories, folder), *options], TORCHDYNAMO_DISABLE="0")
         losses.append(json.loads((folder / "summary.json").read_text())["figures"]["val/loss"])
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
+def test_the_sample_text_is_not_compiled(monkeypatch) -> None:
+    """Each layer of its cache would be a form of its own: more than the compiler takes before it gives up."""
+    from types import SimpleNamespace as Fake
+
+    from bitnet import BitNet, ModelConfig, Transformer
+    from bitnet.training.callbacks import SampleText
+
+    model, counter = (
+        Transformer(ModelConfig(vocab_size=40, dim=32, n_layers=4, n_heads=2, ffn_dim=48)),
+        CompileCounter(),
+    )
+    BitNet().prepare(model)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.compile(backend=counter)
+    words: list[list[int]] = []
+    tokens = Fake(ids=lambda part: [1, 2, 3, 4, 5, 6, 7, 8], eos_id=None)
+    data = Fake(tokenizer=Fake(decode=lambda ids: words.append(ids) or ""), tokens=tokens)
+    trainer = Fake(is_global_zero=True, sanity_checking=False, world_size=1, progress_bar_callback=None, loggers=[])
+    trainer.logger = None
+    module = Fake(data=data, config=model.config, transformer=model.eval(), compile_blocks=True)
+    SampleText(max_new_tokens=5).on_validation_end(trainer, module)
+    assert len(words[0]) == 13 and counter.frame_count == 0
+    with torch.no_grad():
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    assert counter.frame_count > 0
 
 
 def command(arguments: list[str], **environment: str) -> str:
