@@ -136,35 +136,22 @@ def training_memory(
     larger phase takes; while quantizers are blended in, that is what the float phase takes. A CPU heap fragments: its
     resident set can be half as much again.
     """
+    counts, tokens = count_parameters(config), rows * seq_len
+    compute = 2 if bf16 else 4
     quantized = weight != "none" and act_bits != "none"
-    phases = [
-        _phase_memory(
-            config, low_bit, rows * seq_len, 2 if bf16 else 4, optimizer, loss_chunk, activation_checkpointing
-        )
-        for low_bit in ({quantized, False} if begins_in_float else {quantized})
-    ]
-    return max(phases, key=lambda phase: phase.total)
-
-
-def _phase_memory(
-    config: ModelConfig,
-    quantized: bool,
-    tokens: int,
-    compute: int,
-    optimizer: str,
-    loss_chunk: int | None,
-    activation_checkpointing: bool,
-) -> TrainingMemory:
-    counts = count_parameters(config)
-    trits = counts.linear if quantized else 0
-    block = tokens * _kept_per_token(config, quantized, compute)
-    logits = min(loss_chunk or tokens, tokens) * config.vocab_size * (3 * 4 + (compute if compute == 2 else 0))
+    logits = min(loss_chunk or tokens, tokens) * config.vocab_size * (3 * 4 + (compute if bf16 else 0))
     if loss_chunk is not None:  # the gradient of what the head reads is there at the same time
         logits += tokens * 4 * config.dim
-    activations = config.n_layers * block + logits
-    if activation_checkpointing:
-        activations = config.n_layers * tokens * 4 * config.dim + max(logits, block)
-        trits //= config.n_layers
+
+    def kept(low_bit: bool) -> tuple[int, int]:
+        """Trits and activations, where layers compute with low bits or in float."""
+        trits = counts.linear if low_bit else 0
+        block = tokens * _kept_per_token(config, low_bit, compute)
+        if activation_checkpointing:
+            return trits // config.n_layers, config.n_layers * tokens * 4 * config.dim + max(logits, block)
+        return trits, config.n_layers * block + logits
+
+    trits, activations = max((kept(phase) for phase in {quantized, quantized and not begins_in_float}), key=sum)
     return TrainingMemory(
         weights=4 * counts.total,
         gradients=4 * counts.total,

@@ -71,7 +71,7 @@ def _training_memory(parsed: "ParsedConfig", weight: str, act_bits: Any) -> Trai
         optimizer=parsed.optim.kind,
         loss_chunk=parsed.loss_chunk,
         activation_checkpointing=parsed.activation_checkpointing,
-        begins_in_float=getattr(parsed.recipe, "begins_in_float", False),
+        begins_in_float=parsed.recipe.begins_in_float,
     )
 
 
@@ -141,7 +141,7 @@ def inspect_scaling(
     }
     memory = training_memory(
         parsed.model, weight=weight, act_bits=getattr(parsed.recipe, "act_bits", "none"), rows=rows, seq_len=seq_len,
-        bf16=True, optimizer=parsed.optim.kind, begins_in_float=getattr(parsed.recipe, "begins_in_float", False),
+        bf16=True, optimizer=parsed.optim.kind, begins_in_float=parsed.recipe.begins_in_float,
     )  # fmt: skip
     ways = ["latent", "levels"] if gather == "both" else [gather]
     found = [

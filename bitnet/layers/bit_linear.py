@@ -20,13 +20,12 @@ from bitnet.layers.integer_products import (
     LowBitProduct,
     activation_rows,
     dequantize,
+    quantize_activations,
 )
 from bitnet.layers.sharding import AddUp, Split, local_part
 from bitnet.quantizers import (
-    ACTIVATION_QUANTIZERS,
     WEIGHT_QUANTIZERS,
     WeightScale,
-    fake_quantize,
     straight_through,
 )
 from bitnet.scale_rules import ScalePer
@@ -108,6 +107,11 @@ class BitLinear(nn.Linear):
         with torch.inference_mode(False):  # wherever it is set: backward may need it
             self._strength = torch.tensor(value, dtype=torch.float64, device="cpu")
 
+    @property
+    def cut(self) -> Split | None:
+        """The split, where other processes hold more of the inputs: scales are common, and outputs are added up."""
+        return self.split if self.split is not None and self.split.dim == "inputs" else None
+
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
         """``(q, inv_scale)``: int8 (N, K) and float32 () of the latent weight as it is now."""
         levels = self.levels()
@@ -177,7 +181,7 @@ class BitLinear(nn.Linear):
             return self._float_forward(x, phase)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        cut = self.split if self.split is not None and self.split.dim == "inputs" else None
+        cut = self.cut
         rows = activation_rows(x, self.act_bits, cut.largest if cut else None)
         scale = self.shared_scale
         again = functools.partial(self._int8, scale=scale) if self.passes_by and scale is not None else None
@@ -202,9 +206,9 @@ class BitLinear(nn.Linear):
             y: Tensor = self._float_product(*operands)
         else:
             y = checkpoint(self._float_product, *operands, use_reentrant=False, preserve_rng_state=False)
-        if self.split is None or self.split.dim != "inputs":
+        if self.cut is None:
             return y
-        y = AddUp.apply(y, self.split)  # type: ignore[no-untyped-call]
+        y = AddUp.apply(y, self.cut)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
     def _float_product(self, x: Tensor, phase: Phase, strength: Tensor) -> Tensor:
@@ -212,12 +216,10 @@ class BitLinear(nn.Linear):
         if self.weight_kind != "none":
             w = self._blended_weight(w, phase, strength)
         if self.act_bits != "none" and phase != "float":
-            x = straight_through(
-                blend(x.detach(), fake_quantize(ACTIVATION_QUANTIZERS[self.act_bits], x.detach()), phase, strength), x
-            )
-        whole = self.bias is not None and (self.split is None or self.split.dim != "inputs")
-        # Latent weights are float32 in a bf16 model, too.
-        return F.linear(x, w.to(x.dtype), self.bias.to(x.dtype) if whole else None)
+            q, inv_scale = quantize_activations(x, self.act_bits, self.cut and self.cut.largest)
+            x = straight_through(blend(x.detach(), (q / inv_scale).to(x.dtype), phase, strength), x)
+        bias = None if self.bias is None or self.cut else self.bias.to(x.dtype)
+        return F.linear(x, w.to(x.dtype), bias)  # latent weights are float32 in a bf16 model, too
 
     def _blended_weight(self, w: Tensor, phase: Phase, strength: Tensor) -> Tensor:
         if phase == "float":

@@ -117,11 +117,18 @@ def activation_rows(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] | 
     if bits == 8 and largest is None and not torch.compiler.is_compiling():
         rows = Rows(*rms_norm_quantize(x.detach(), None))
     else:
-        q, inv_scale = ACTIVATION_QUANTIZERS[bits](x) if largest is None else quantize_int8_absmax(x, largest)
+        q, inv_scale = quantize_activations(x, bits, largest)
         rows = Rows(q.reshape(-1, x.shape[-1]).to(torch.int8), inv_scale.reshape(-1, 1), None)
     if keep:
         keep_rows(x, bits, rows)
     return rows
+
+
+def quantize_activations(
+    x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``q`` and ``inv_scale`` of ``ACTIVATION_QUANTIZERS``; ``largest`` as in ``activation_rows``."""
+    return ACTIVATION_QUANTIZERS[bits](x) if largest is None else quantize_int8_absmax(x, largest)
 
 
 def keep_rows(x: Tensor, bits: int, rows: Rows) -> None:

@@ -101,7 +101,7 @@ class ScaledBitLinear(BitLinear):
         x = self.transformed(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        cut = self.split if self.split is not None and self.split.dim == "inputs" else None
+        cut = self.cut
         rows = activation_rows(x, self.act_bits, cut.largest if cut else None)
         levels, flat = self.levels(), x.reshape(-1, x.shape[-1])
         if levels.group_scale is None:

@@ -29,6 +29,11 @@ class Recipe(ABC):
         """Whether it starts from a trained model."""
         return False
 
+    @property
+    def begins_in_float(self) -> bool:
+        """Whether layers compute with latent weights, wholly or in part, in the first steps."""
+        return False
+
     @abstractmethod
     def prepare(self, model: nn.Module, batches: Iterable[Tensor] = (), progress: Progress = no_progress) -> list[str]:
         """Swap layers in place; return the names of those changed. ``batches`` of token ids (B, T) calibrate, and then

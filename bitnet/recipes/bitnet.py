@@ -74,7 +74,6 @@ class BitNet(Recipe):
 
     @property
     def begins_in_float(self) -> bool:
-        """Whether layers compute with latent weights, wholly or in part, in the first steps."""
         return bool(self.weight != "none" and (self.quantize_from or self.quantizer_warmup))
 
     @property

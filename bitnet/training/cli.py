@@ -180,8 +180,7 @@ class FitCLI(LightningCLI):
 
     def _warn_of_float(self, parent: dict[str, Any]) -> None:
         """Training a low-bit model on with a recipe that begins in float undoes what its weights are adapted to."""
-        recipe = self.model.recipe
-        if isinstance(recipe, BitNet) and recipe.begins_in_float and not is_float(parent) and is_first_process():
+        if self.model.recipe.begins_in_float and not is_float(parent) and is_first_process():
             print(
                 f"warning: model.init_from = {self.model.init_from} is a low-bit model, which this recipe trains in "
                 "float first; to go on with low bits set model.recipe.quantize_from = 0 and quantizer_warmup = 0.",

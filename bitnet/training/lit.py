@@ -184,7 +184,7 @@ class LitBitNet(L.LightningModule):
             )
         if self.loss_chunk is not None and getattr(strategy, "tensor_parallel", 1) > 1:
             raise UserError("model.loss_chunk: tensor parallelism cuts the output head another way; leave it out.")
-        if recipe.begins_in_float and getattr(strategy, "gather", None) == "levels":
+        if self.recipe.begins_in_float and getattr(strategy, "gather", None) == "levels":
             raise UserError(
                 "trainer.strategy.gather = levels: quantize_from and quantizer_warmup compute with latent weights at "
                 "first. Set both to 0, or leave gather out."
@@ -236,9 +236,8 @@ class LitBitNet(L.LightningModule):
         from bitnet.training.parallel import refresh
 
         if self._refreshed_at != self.global_step:
-            begins_in_float = isinstance(self.recipe, BitNet) and self.recipe.begins_in_float
             gather = getattr(self.trainer.strategy, "gather", "latent")
-            refresh(self.transformer, gather or ("latent" if begins_in_float else "levels"))
+            refresh(self.transformer, gather or ("latent" if self.recipe.begins_in_float else "levels"))
             self._refreshed_at = self.global_step
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

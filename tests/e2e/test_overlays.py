@@ -102,10 +102,8 @@ def test_the_sample_text_is_not_compiled(monkeypatch) -> None:
     from bitnet import BitNet, ModelConfig, Transformer
     from bitnet.training.callbacks import SampleText
 
-    model, counter = (
-        Transformer(ModelConfig(vocab_size=40, dim=32, n_layers=4, n_heads=2, ffn_dim=48)),
-        CompileCounter(),
-    )
+    counter = CompileCounter()
+    model = Transformer(ModelConfig(vocab_size=40, dim=32, n_layers=4, n_heads=2, ffn_dim=48))
     BitNet().prepare(model)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
     torch._dynamo.reset()
@@ -114,8 +112,7 @@ def test_the_sample_text_is_not_compiled(monkeypatch) -> None:
     words: list[list[int]] = []
     tokens = Fake(ids=lambda part: [1, 2, 3, 4, 5, 6, 7, 8], eos_id=None)
     data = Fake(tokenizer=Fake(decode=lambda ids: words.append(ids) or ""), tokens=tokens)
-    trainer = Fake(is_global_zero=True, sanity_checking=False, world_size=1, progress_bar_callback=None, loggers=[])
-    trainer.logger = None
+    trainer = Fake(is_global_zero=True, sanity_checking=False, world_size=1, progress_bar_callback=None, logger=None)
     module = Fake(data=data, config=model.config, transformer=model.eval(), compile_blocks=True)
     SampleText(max_new_tokens=5).on_validation_end(trainer, module)
     assert len(words[0]) == 13 and counter.frame_count == 0

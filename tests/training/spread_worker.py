@@ -33,7 +33,10 @@ def new_model(kind: str, ffn: int) -> Transformer:
     if kind == "grouped":
         BitNet(weight="binary", scale="rms", scale_per=32, learned_scale=True, mask_beyond=2.0).prepare(model)
         return model
-    BitNet(weight=kind, act_bits=8 if kind != "none" else "none").prepare(model)
+    weight = "ternary" if kind == "blended" else kind
+    BitNet(weight=weight, act_bits=8 if kind != "none" else "none").prepare(model)
+    for layer in low_bit_layers(model).values() if kind == "blended" else ():
+        layer.warmup = 0.5
     return model
 
 

@@ -26,6 +26,8 @@ TWO = (
     "binary:fsdp:levels:64",
     "grouped:fsdp:levels:64",  # scales of groups of inputs: found by whoever holds the group
     "grouped:tp:-:64",
+    "blended:fsdp:latent:64",  # quantizers half blended in
+    "blended:tp:-:64",
 )
 FOUR = (
     "ternary:ddp:-:64",
