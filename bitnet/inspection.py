@@ -138,6 +138,7 @@ def inspect_scaling(
         "micro_batches": parsed.trainer.get("accumulate_grad_batches") or 1,
         "utilisation": utilisation,
         "int8": int8,
+        "optimizer": parsed.optim.kind,
     }
     memory = training_memory(
         parsed.model, weight=weight, act_bits=getattr(parsed.recipe, "act_bits", "none"), rows=rows, seq_len=seq_len,
@@ -153,7 +154,12 @@ def inspect_scaling(
         f"{name}, {strategy}, {GPUS[gpu].name} at {utilisation:.0%} of its peak, {how['micro_batches']} x {rows} x "
         f"{seq_len} tokens a device and step, {'int8 and bf16' if int8 else 'bf16'}"
     )
-    TableConsole(width=120).print(_scaling_table(title, found))
+    console = TableConsole(width=120)
+    console.print(_scaling_table(title, found))
+    if parsed.recipe.begins_in_float and strategy == "fsdp" and gather != "latent":
+        console.print(
+            "This recipe begins in float, so latent weights travel; levels: quantize_from and quantizer_warmup of 0."
+        )
     if json_file:
         lines = [
             {"gather": way, **dataclasses.asdict(e), "sent": e.sent, "tokens_per_s": e.tokens_per_s} for way, e in found
@@ -164,13 +170,15 @@ def inspect_scaling(
 def _scaling_table(title: str, found: list[tuple[str, Estimate]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in (
-        "GPUs", "gathered as", "memory", "weights in", "gradients", "activations", "computing", "sending", "tokens/s",
+        "GPUs", "gathered as", "memory", "weights in", "gradients", "activations", "optimizer", "computing", "sending",
+        "tokens/s",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "gathered as" else "right")
     for way, e in found:
         table.add_row(
             f"{e.devices}", way, _size(e.memory), _size(e.gathered), _size(e.reduced), _size(e.activations_sent),
-            f"{1e3 * e.compute_s:,.0f} ms", f"{1e3 * e.communication_s:,.0f} ms", f"{e.tokens_per_s:,.0f}",
+            _size(e.optimizer_sent), f"{1e3 * e.compute_s:,.0f} ms", f"{1e3 * e.communication_s:,.0f} ms",
+            f"{e.tokens_per_s:,.0f}",
         )  # fmt: skip
     return table
 

@@ -2,9 +2,10 @@
 
 Ring collectives (arXiv 1909.08053, 2004.13336): with n devices a gather or a scatter of b bytes moves b (n - 1) / n
 through each device, an all-reduce twice that. Per micro-batch of FSDP2 every weight of a block is gathered twice and
-every gradient scattered once; with tensor parallelism every block adds up activations four times. A step takes the
-longer of computing and sending, if they overlap fully. Computing is taken at a share of the matrix units' peak that a
-good program reaches; sending at the full speed of the links.
+every gradient scattered once; with tensor parallelism every block adds up activations four times. Once a step, Muon
+orthogonalizes matrices that are spread. A step takes the longer of computing and sending, if they overlap fully.
+Computing is taken at a share of the matrix units' peak that a good program reaches; sending at the full speed of the
+links.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from bitnet.estimate import TrainingMemory, count_parameters, flops_per_token
 StrategyName = Literal["ddp", "fsdp", "tp"]
 BLOCKS_AT_ONCE = 2
 """Blocks whose whole weights are there together under FSDP2: the one in use and the next."""
+NEWTON_SCHULZ = 5
+"""Iterations in a step of torch's Muon, in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class Estimate:
     reduced: float
     """Bytes of gradients that leave (all-reduce: arrive and leave)."""
     activations_sent: float
+    optimizer_sent: float
+    """Bytes that an optimizer step gathers and adds up."""
     scales: float
     memory: float
     compute_s: float
@@ -59,7 +64,7 @@ class Estimate:
 
     @property
     def sent(self) -> float:
-        return self.gathered + self.reduced + self.activations_sent + self.scales
+        return self.gathered + self.reduced + self.activations_sent + self.optimizer_sent + self.scales
 
     @property
     def tokens_per_s(self) -> float:
@@ -70,6 +75,18 @@ class Estimate:
 def gathered_bits(weight: str, gather: str) -> float:
     """Bits of one low-bit weight as it travels."""
     return {"ternary": 2.0, "binary": 1.0}.get(weight, 32.0) if gather == "levels" else 32.0
+
+
+def orthogonalization_bytes(config: ModelConfig) -> int:
+    """What a step of Muon gathers, and twice what it adds up, of matrices that are spread by rows.
+
+    Each iteration takes X (s, l), the matrix with its shorter side first, to a X + (b A + c A^2) X with A = X X^T.
+    Where rows are the shorter side, torch gathers X^T, A and X; elsewhere it adds up A twice.
+    """
+    dim, ffn, kv_dim = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
+    shapes = [(dim, dim)] * 2 + [(kv_dim, dim)] * 2 + [(ffn, dim)] * 2 + [(dim, ffn)]
+    numbers = sum(n * (2 * k + n) if n <= k else 2 * 2 * k * k for n, k in shapes)
+    return config.n_layers * NEWTON_SCHULZ * 2 * numbers
 
 
 def estimate(
@@ -83,6 +100,7 @@ def estimate(
     devices: int,
     strategy: StrategyName,
     gather: str = "levels",
+    optimizer: str = "adamw",
     gradient_bytes: int = 4,
     gpu: Gpu = GPUS["h100"],
     utilisation: float = 0.45,
@@ -94,7 +112,7 @@ def estimate(
     share = (devices - 1) / devices
     tokens = rows * seq_len
     scales = 2 * share * 7 * config.n_layers * 4 * 8
-    gathered = reduced = sent = 0.0
+    gathered = reduced = sent = optimizer_sent = 0.0
     block = counts.linear / config.n_layers
     if strategy == "ddp":
         reduced = 2 * share * 4 * counts.total
@@ -105,6 +123,7 @@ def estimate(
         weights = 2 * counts.linear * gathered_bits(weight, gather) / 8 + 2 * 4 * counts.norms + 4 * counts.embeddings
         gathered = share * weights * micro_batches
         reduced = share * gradient_bytes * counts.total * micro_batches
+        optimizer_sent = share * orthogonalization_bytes(config) if optimizer == "muon" else 0.0
         spread = (memory.weights + memory.gradients + memory.optimizer) / devices
         whole = BLOCKS_AT_ONCE * block * (4 + gathered_bits(weight, gather) / 8) + block * 4 + other * 8
         need = spread + whole + memory.activations
@@ -116,9 +135,9 @@ def estimate(
     per_token = low_bit / gpu.int8 + (flops_per_token(config, seq_len) - low_bit) / gpu.bf16
     compute = micro_batches * tokens * per_token / utilisation / (devices if strategy == "tp" else 1)
     link = gpu.near if devices <= gpu.per_machine else gpu.wide
-    total = gathered + reduced + sent + scales
+    total = gathered + reduced + sent + optimizer_sent + scales
     return Estimate(
-        devices=devices, gathered=gathered, reduced=reduced, activations_sent=sent, scales=scales, memory=need,
-        compute_s=compute, communication_s=total / link,
+        devices=devices, gathered=gathered, reduced=reduced, activations_sent=sent, optimizer_sent=optimizer_sent,
+        scales=scales, memory=need, compute_s=compute, communication_s=total / link,
         tokens=tokens * micro_batches * (1 if strategy == "tp" else devices),
     )  # fmt: skip

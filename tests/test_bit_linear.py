@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bitnet.layers import BitLinear, integer_products, swap_linears
-from bitnet.layers.integer_products import MAX_EXACT_K
+from bitnet.layers.integer_products import MAX_EXACT_K, Arithmetic
 from bitnet.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, WeightQuantizer
 from bitnet_kernels import matmul_reference
 
@@ -265,6 +265,24 @@ def test_quantized_weight_is_computed_once_while_held(monkeypatch) -> None:
         for _ in range(3):
             layer(x)
     assert len(calls) == 4
+
+
+def test_levels_are_packed_where_the_packed_product_reads_them() -> None:
+    """Held over a window of accumulation they would take a quarter of a byte per weight for nothing."""
+    float_units, float_inputs = make("ternary"), make("ternary")
+    float_units.arithmetic, float_inputs.act_bits = Arithmetic(forward="float"), "none"
+    assert [layer.levels().packed is None for layer in (float_units, float_inputs)] == [True, True]
+    layer, x = make("ternary"), torch.randn(4, 96)
+    for layer.warmup in (0.5, 1.0):
+        layer.hold(True)
+        layer(x).sum().backward()
+        assert (layer.levels().packed is None) == (layer.warmup < 1.0)
+        layer.hold(False)
+    layer.warmup = 0.5
+    layer.eval()
+    with torch.no_grad():
+        assert torch.equal(layer(x), int32_reference(layer, x))
+    assert layer.levels().packed is not None
 
 
 def test_swap_shares_parameters_skips_the_head_and_takes_any_module() -> None:

@@ -41,6 +41,16 @@ def test_layers_take_the_rows_that_lie_there(monkeypatch) -> None:
         layer(y * 2.0)  # another tensor has no rows
 
 
+def test_nothing_lies_there_for_a_layer_that_does_not_read_it() -> None:
+    x, layer = torch.randn(4, 96, requires_grad=True), BitLinear(96, 48, bias=False)
+    found = []
+    for layer.warmup, layer.act_bits in ((0.0, 8), (0.5, 8), (1.0, 4), (1.0, 8)):
+        y = norm_with_rows(x * 1.0, torch.ones(96), 1e-5, transposed=True, reader=layer)
+        found.append(hasattr(y, "_bitnet_rows"))
+        torch.testing.assert_close(y, norm_with_rows(x, torch.ones(96), 1e-5), rtol=0, atol=0)
+    assert found == [False, False, False, True]
+
+
 def test_transposed_copies_give_the_same_gradients() -> None:
     """What a GPU keeps for int8 gradients: rows and levels a second time, as those products read them."""
     torch.manual_seed(0)

@@ -38,6 +38,16 @@ def test_data_and_tensor_parallel_by_hand() -> None:
     assert of(strategy="tp").tokens == 3 * 2 * 128 and of().tokens == 4 * 3 * 2 * 128
 
 
+def test_muon_gathers_matrices_in_every_iteration() -> None:
+    """By hand, in bfloat16: wq wk wv wo gather 3 x 256 x 256 numbers, w2 (256, 512) two of itself and 256 x 256; w1 and
+    w3 (512, 256) add up 256 x 256 numbers twice, which moves each of them twice."""
+    square = 256 * 256
+    an_iteration = 4 * 3 * square + (2 * 256 * 512 + square) + 2 * 2 * 2 * square
+    assert of(optimizer="muon").optimizer_sent == 0.75 * 4 * 5 * 2 * an_iteration
+    assert of(optimizer="muon").sent == of().sent + of(optimizer="muon").optimizer_sent
+    assert of().optimizer_sent == of(optimizer="muon", strategy="ddp").optimizer_sent == 0
+
+
 def test_a_step_takes_the_longer_of_computing_and_sending() -> None:
     few = of(utilisation=0.5)
     assert few.compute_s == pytest.approx(3 * 256 * flops_per_token(CONFIG, 128) / (989e12 * 0.5))
@@ -58,7 +68,8 @@ def test_command(tmp_path, capsys) -> None:
         (64, "levels"),
     ]
     assert found[1]["gathered"] < found[0]["gathered"] / 7
-    assert "tokens/s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tokens/s" in said and "begins in float, so latent weights travel" in said
     assert main(["inspect", "ternary_1b", "--devices", "8", "--gather", "levels", "--int8", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["estimates"][0]["compute_s"] < 0.6 * found[1]["compute_s"]
     assert main(["inspect", "ternary_1b", "--devices", "8", "--utilisation", "0"]) == 2

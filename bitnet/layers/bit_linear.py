@@ -146,9 +146,14 @@ class BitLinear(nn.Linear):
             q, q_t = quantizer.int8_levels_both_ways(weight, scale)
             return Levels(q, scale.inv_scale, q_t=q_t)
         q = self._int8(weight, scale)
-        format = FORMATS[quantizer.format]
-        packed = None if self.arithmetic.forward == "float" else pack_levels(q, format.planes)
-        return Levels(q, scale.inv_scale, packed, format.name)
+        return Levels(q, scale.inv_scale, self._pack(q), quantizer.format)
+
+    def _pack(self, q: Tensor) -> Tensor | None:
+        """Levels as the packed product reads them, unless another one multiplies."""
+        blends = self.training and self.phase != "low-bit"
+        if blends or self.act_bits == "none" or self.arithmetic.forward == "float":
+            return None
+        return pack_levels(q, FORMATS[WEIGHT_QUANTIZERS[self.weight_kind].format].planes)
 
     def local_levels(self) -> Tensor:
         """int8 levels of the piece of a spread weight that this process keeps; needs ``share_scales``."""

@@ -36,13 +36,19 @@ class _NormedRows(torch.autograd.Function):
         return grad_x.view(grad.shape), grad_weight, None, None
 
 
-def norm_with_rows(x: Tensor, weight: Tensor, eps: float, transposed: bool = False) -> Tensor:
+def norm_with_rows(
+    x: Tensor, weight: Tensor, eps: float, transposed: bool = False, reader: BitLinear | None = None
+) -> Tensor:
     """RMSNorm of x (..., K), differentiable; on the result lies what ``activation_rows`` would make of it at 8 bits.
 
-    ``transposed`` lays the rows there a second time as the int8 gradient of a weight reads them.
+    ``transposed`` lays the rows there a second time as the int8 gradient of a weight reads them. While ``reader`` takes
+    none, at a float start of a run or while quantizers are blended in, nothing lies there, to no use, until backward.
     """
+    kept = reader is None or (reader.phase == "low-bit" and _reads_rows(reader))
+    transposed = transposed and kept
     y, q, inv_scale, q_t = _NormedRows.apply(x, weight, eps, transposed)  # type: ignore[no-untyped-call]
-    keep_rows(y, 8, Rows(q, inv_scale.view(-1, 1), None, q_t if transposed else None))
+    if kept:
+        keep_rows(y, 8, Rows(q, inv_scale.view(-1, 1), None, q_t if transposed else None))
     return y  # type: ignore[no-any-return]
 
 
@@ -61,6 +67,6 @@ def fuse_norms(blocks: Any) -> int:
         for norm, readers in block.norm_groups():
             if all(_reads_rows(r) for r in readers):
                 transposed = any(r.arithmetic.weight_gradient != "float" for r in readers)
-                norm.training_kernel = functools.partial(norm_with_rows, transposed=transposed)
+                norm.training_kernel = functools.partial(norm_with_rows, transposed=transposed, reader=readers[0])
                 fused += 1
     return fused

@@ -15,8 +15,6 @@ from bitnet.layers.integer_products import Levels, activation_rows, dequantize, 
 from bitnet.layers.sharding import AddUp, local_part
 from bitnet.quantizers import straight_through
 from bitnet.scale_rules import FakeWeight, ScaledQuantizer
-from bitnet_kernels import FORMATS
-from bitnet_kernels.cpu.weights import pack_levels
 
 
 class ScaledBitLinear(BitLinear):
@@ -72,12 +70,10 @@ class ScaledBitLinear(BitLinear):
         if self.factor is not None:
             scale = scale * local_part(self.factor).detach().float()
         self._steps = scale, step
-        format = FORMATS[self.quantizer.format]
-        packed = pack_levels(q, format.planes)
         if isinstance(self.quantizer.per, int):
-            return Levels(q, scale.reciprocal(), packed, format.name, group_scale=scale)
+            return Levels(q, scale.reciprocal(), group_scale=scale)
         inv_scale = scale.reciprocal().view(()) if scale.numel() == 1 else scale.reciprocal().flatten()
-        return Levels(q, inv_scale, packed, format.name)
+        return Levels(q, inv_scale, self._pack(q), self.quantizer.format)
 
     def local_levels(self) -> Tensor:
         return self.quantizer(local_part(self.weight))[0]

@@ -59,6 +59,16 @@ def write_text_atomically(text: str, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def copy_atomically(path: Path, other: Path) -> None:
+    """The file at ``path`` a second time, as ``other``: whole, or not at all."""
+    partial = other.with_name(f".{other.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        shutil.copyfile(path, partial)
+        os.replace(partial, other)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _name_also(path: Path, other: Path) -> None:
     """Let ``other`` be a second name of the checkpoint at ``path``, in place of what it named before.
 

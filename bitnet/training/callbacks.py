@@ -20,7 +20,7 @@ from bitnet.data.tokens import UNSAID
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
 from bitnet.layers.sharding import share_scales
-from bitnet.training.atomic import LAST
+from bitnet.training.atomic import LAST, copy_atomically
 from bitnet.training.interruption import Interruption
 from bitnet.training.lit import LitBitNet
 from bitnet.training.progress import RunProgress
@@ -223,6 +223,15 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/loss", enable_version_counter=False)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "validate":
+            return
+        # All that was left of a run: what it would save now, it saved as its last.
+        last, loss = Path(self.dirpath or ".") / LAST, trainer.callback_metrics["val/loss"]
+        if last.is_file() and (self.best_model_score is None or loss < self.best_model_score):
+            copy_atomically(last, last.with_name(f"{self.filename}.ckpt"))
 
 
 def default_callbacks() -> list[Callback]:

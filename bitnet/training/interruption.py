@@ -49,7 +49,7 @@ def ended_by_signals() -> Iterator[None]:
     """Within this block a signal raises ``Interrupted`` at once, unless a run that trains sees to it."""
 
     def end(received: int, frame: FrameType | None) -> None:
-        raise Interrupted(received, "training had not begun.")
+        raise Interrupted(received, "no step had been made.")
 
     before = _handle(end)
     try:

@@ -81,7 +81,7 @@ def test_a_window_that_takes_too_long_is_given_up(texts, tmp_path, monkeypatch, 
 def test_before_training_nothing_is_saved(texts, tmp_path, monkeypatch, capsys) -> None:
     send(monkeypatch, "configure_model", 1)
     assert fit(tiny_options(texts, tmp_path / "run")) == 143
-    assert capsys.readouterr().err == "stopped by SIGTERM: training had not begun.\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM: no step had been made.\n"
 
 
 def test_signals_have_their_handlers_back_afterwards(texts, tmp_path, monkeypatch, capsys) -> None:

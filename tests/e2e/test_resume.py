@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet.checkpoint import read_checkpoint
+from bitnet.checkpoint import load_checkpoint, read_checkpoint
 from bitnet.training.cli import main as fit
 from bitnet.training.lit import LitBitNet
 
@@ -78,6 +78,8 @@ def test_a_run_killed_before_its_last_validation_has_only_that_left(texts, tmp_p
     for figure in ("val/loss", "val/bpb", "train/loss"):
         assert killed["figures"][figure] == whole["figures"][figure]
     assert killed["steps"] == 12 and killed["best_val_bpb"] == whole["best_val_bpb"]
+    best, expected = (load_checkpoint(tmp_path / n / "checkpoints/best.ckpt")[0] for n in ("killed", "whole"))
+    assert all(torch.equal(w, expected.get_parameter(name)) for name, w in best.named_parameters())
 
 
 def test_the_state_of_another_optimizer_is_refused_in_one_line(texts, tmp_path, run_fit, capsys) -> None:

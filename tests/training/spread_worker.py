@@ -16,24 +16,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet import BitNet, ModelConfig, Transformer
+from bitnet.config import OptimConfig
 from bitnet.layers import low_bit_layers
 from bitnet.layers.sharding import local_part
 from bitnet.loss import next_token_loss
+from bitnet.training.optim import build_optimizer
 from bitnet.training.parallel import refresh, shard_model
 
 ROWS, STEPS, LR = 8, 12, 3e-3
 
 
+def config_of(ffn: int) -> ModelConfig:
+    return ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=ffn, max_seq_len=32)
+
+
 def new_model(kind: str, ffn: int) -> Transformer:
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=ffn, max_seq_len=32)
-    model = Transformer(config)
+    model = Transformer(config_of(ffn))
     if kind == "grouped":
         BitNet(weight="binary", scale="rms", scale_per=32, learned_scale=True, mask_beyond=2.0).prepare(model)
         return model
-    weight = "ternary" if kind == "blended" else kind
+    weight = "ternary" if kind in ("blended", "muon") else kind
     BitNet(weight=weight, act_bits=8 if kind != "none" else "none").prepare(model)
     for layer in low_bit_layers(model).values() if kind == "blended" else ():
         layer.warmup = 0.5
@@ -57,7 +63,9 @@ def rows_of(batch: dict[str, Tensor], part: int, parts: int) -> dict[str, Tensor
     return {name: value.chunk(parts)[part] for name, value in batch.items()}
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    if kind == "muon":
+        return build_optimizer(model, OptimConfig(kind="muon", lr=LR, weight_decay=0.01))
     return torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), fused=True)
 
 
@@ -66,6 +74,23 @@ def whole(tensor: Any, like: Any = None) -> Tensor:
     if isinstance(like, DTensor):
         tensor = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class CountingCollectives(TorchDispatchMode):
+    """Bytes that operators on spread tensors gather, and twice those they add up; single numbers are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # to be seen again as what it does with its pieces
+        out = func(*args, **(kwargs or {}))
+        times = {"all_gather_into_tensor": 1, "all_reduce": 2}.get(func.overloadpacket.__name__, 0)
+        if func.namespace == "_c10d_functional" and out.ndim:
+            self.moved += times * out.nbytes
+        return out
 
 
 @contextmanager
@@ -105,9 +130,9 @@ def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", (parts, groups), mesh_dim_names=("data_parallel", "tensor_parallel"))
         shard_model(model, mesh)
     spread = layout != "ddp"
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, kind)
     result: dict[str, Any] = {"losses": []}
-    for step, batch in enumerate(batches()):
+    for step, batch in enumerate(batches()[: 2 if kind == "muon" else STEPS]):
         if spread:
             refresh(model, gather)
         if step == 0:
@@ -124,7 +149,11 @@ def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
         if step == 0:
             result["gradients"] = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        with CountingCollectives() as collectives:
+            optimizer.step()
+        if step == 0:
+            result["moved"] = collectives.moved
+            result["after_a_step"] = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
         optimizer.zero_grad()
         mean = loss.detach().clone()
         dist.all_reduce(mean)

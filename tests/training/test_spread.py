@@ -12,11 +12,12 @@ import torch
 from bitnet.errors import UserError
 from bitnet.layers import low_bit_layers
 from bitnet.loss import next_token_loss
+from bitnet.scaling import orthogonalization_bytes
 from bitnet.training.parallel import check_split_layer, check_tensor_parallel
 
 from ..conftest import ROOT
 from ..runs import environment
-from .spread_worker import batches, new_model, optimizer_of, rows_of
+from .spread_worker import batches, config_of, new_model, optimizer_of, rows_of
 
 TWO = (
     "ternary:ddp:-:64",
@@ -28,6 +29,7 @@ TWO = (
     "grouped:tp:-:64",
     "blended:fsdp:latent:64",  # quantizers half blended in
     "blended:tp:-:64",
+    "muon:fsdp:levels:64",
 )
 FOUR = (
     "ternary:ddp:-:64",
@@ -40,6 +42,8 @@ FOUR = (
     "binary:tp2:levels:64",
     "none:tp2:latent:64",
     "grouped:tp2:levels:64",
+    "muon:fsdp:latent:70",
+    "muon:tp2:levels:64",
 )
 CASES = [*((2, mode) for mode in TWO), *((4, mode) for mode in FOUR)]
 
@@ -91,7 +95,7 @@ def alone(kind: str, ffn: int, parts: int = 1, seed: int | None = None) -> dict[
     model = new_model(kind, ffn)
     if seed is not None:
         reorder(model, seed)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, kind)
     layers = low_bit_layers(model)
     result: dict[str, Any] = {
         "levels": {name: layer.quantized_weight()[0] for name, layer in layers.items()},
@@ -108,6 +112,8 @@ def alone(kind: str, ffn: int, parts: int = 1, seed: int | None = None) -> dict[
             result["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if step == 0:
+            result["after_a_step"] = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.zero_grad()
         result["losses"].append(total)
     return result
@@ -147,6 +153,25 @@ def test_packed_gather_changes_no_bit(found, processes, kind, layout, ffn) -> No
     assert all(torch.equal(levels["weights"][name], w) for name, w in latent["weights"].items())
     # w1 and w3 of 70 rows cannot be shared out evenly by four: those are gathered as they are.
     assert (levels["packed"], latent["packed"]) == (10 if ffn == 70 else 14, 0)
+
+
+def test_muon_orthogonalizes_whole_matrices(found) -> None:
+    """A matrix of singular values near 1 is another one when its pieces are orthogonalized each by itself."""
+    for (processes, mode), result in found.items():
+        kind, _, _, ffn = mode.split(":")
+        if kind != "muon":
+            continue
+        before, one = dict(new_model(kind, int(ffn)).named_parameters()), alone(kind, int(ffn))["after_a_step"]
+        for name, expected in one.items():
+            if name.startswith("layers") and name.endswith("weight") and expected.ndim == 2:
+                step = expected - before[name].detach()
+                error = (result["after_a_step"][name] - expected).norm() / step.norm()
+                assert float(error) < 0.15, (processes, mode, name)  # halves by themselves: 0.6 and more
+
+
+@pytest.mark.parametrize("processes,mode", [(2, "muon:fsdp:levels:64"), (4, "muon:fsdp:latent:70")])
+def test_bytes_of_a_step_of_muon(found, processes, mode) -> None:
+    assert found[processes, mode]["moved"] == orthogonalization_bytes(config_of(int(mode[-2:])))
 
 
 def test_bytes_of_a_gather(found) -> None:
