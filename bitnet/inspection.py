@@ -170,15 +170,13 @@ def inspect_scaling(
 def _scaling_table(title: str, found: list[tuple[str, Estimate]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in (
-        "GPUs", "gathered as", "memory", "weights in", "gradients", "activations", "optimizer", "computing", "sending",
-        "tokens/s",
+        "GPUs", "gathered as", "memory", "weights in", "gradients", "activations", "computing", "sending", "tokens/s",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "gathered as" else "right")
     for way, e in found:
         table.add_row(
             f"{e.devices}", way, _size(e.memory), _size(e.gathered), _size(e.reduced), _size(e.activations_sent),
-            _size(e.optimizer_sent), f"{1e3 * e.compute_s:,.0f} ms", f"{1e3 * e.communication_s:,.0f} ms",
-            f"{e.tokens_per_s:,.0f}",
+            f"{1e3 * e.compute_s:,.0f} ms", f"{1e3 * e.communication_s:,.0f} ms", f"{e.tokens_per_s:,.0f}",
         )  # fmt: skip
     return table
 

@@ -3,9 +3,9 @@
 Ring collectives (arXiv 1909.08053, 2004.13336): with n devices a gather or a scatter of b bytes moves b (n - 1) / n
 through each device, an all-reduce twice that. Per micro-batch of FSDP2 every weight of a block is gathered twice and
 every gradient scattered once; with tensor parallelism every block adds up activations four times. Once a step, Muon
-orthogonalizes matrices that are spread. A step takes the longer of computing and sending, if they overlap fully.
-Computing is taken at a share of the matrix units' peak that a good program reaches; sending at the full speed of the
-links.
+sends the pieces of each matrix to its owner, and back, in two bytes a number. A step takes the longer of computing and
+sending, if they overlap fully. Computing is taken at a share of the matrix units' peak that a good program reaches;
+sending at the full speed of the links.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,6 @@ from bitnet.estimate import TrainingMemory, count_parameters, flops_per_token
 StrategyName = Literal["ddp", "fsdp", "tp"]
 BLOCKS_AT_ONCE = 2
 """Blocks whose whole weights are there together under FSDP2: the one in use and the next."""
-NEWTON_SCHULZ = 5
-"""Iterations in a step of torch's Muon, in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class Estimate:
     """Bytes of gradients that leave (all-reduce: arrive and leave)."""
     activations_sent: float
     optimizer_sent: float
-    """Bytes that an optimizer step gathers and adds up."""
+    """Of updates to the owners of matrices and back (Muon)."""
     scales: float
     memory: float
     compute_s: float
@@ -75,18 +73,6 @@ class Estimate:
 def gathered_bits(weight: str, gather: str) -> float:
     """Bits of one low-bit weight as it travels."""
     return {"ternary": 2.0, "binary": 1.0}.get(weight, 32.0) if gather == "levels" else 32.0
-
-
-def orthogonalization_bytes(config: ModelConfig) -> int:
-    """What a step of Muon gathers, and twice what it adds up, of matrices that are spread by rows.
-
-    Each iteration takes X (s, l), the matrix with its shorter side first, to a X + (b A + c A^2) X with A = X X^T.
-    Where rows are the shorter side, torch gathers X^T, A and X; elsewhere it adds up A twice.
-    """
-    dim, ffn, kv_dim = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
-    shapes = [(dim, dim)] * 2 + [(kv_dim, dim)] * 2 + [(ffn, dim)] * 2 + [(dim, ffn)]
-    numbers = sum(n * (2 * k + n) if n <= k else 2 * 2 * k * k for n, k in shapes)
-    return config.n_layers * NEWTON_SCHULZ * 2 * numbers
 
 
 def estimate(
@@ -123,7 +109,6 @@ def estimate(
         weights = 2 * counts.linear * gathered_bits(weight, gather) / 8 + 2 * 4 * counts.norms + 4 * counts.embeddings
         gathered = share * weights * micro_batches
         reduced = share * gradient_bytes * counts.total * micro_batches
-        optimizer_sent = share * orthogonalization_bytes(config) if optimizer == "muon" else 0.0
         spread = (memory.weights + memory.gradients + memory.optimizer) / devices
         whole = BLOCKS_AT_ONCE * block * (4 + gathered_bits(weight, gather) / 8) + block * 4 + other * 8
         need = spread + whole + memory.activations
@@ -131,6 +116,8 @@ def estimate(
         # Two sums of outputs forward, two of gradients backward, float32; embedding and head once each way.
         sent = 2 * share * 4 * tokens * config.dim * (4 * config.n_layers + 2) * micro_batches
         need = (memory.weights + memory.gradients + memory.optimizer + memory.quantized + memory.activations) / devices
+    if optimizer == "muon" and strategy != "ddp":
+        optimizer_sent = share * 2 * 2 * counts.linear / devices
     low_bit = 6 * counts.linear if int8 else 0
     per_token = low_bit / gpu.int8 + (flops_per_token(config, seq_len) - low_bit) / gpu.bf16
     compute = micro_batches * tokens * per_token / utilisation / (devices if strategy == "tp" else 1)

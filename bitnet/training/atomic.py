@@ -113,4 +113,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(checkpoint, path, path.with_name(PREVIOUS) if path.name == LAST else None)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        if Path(path).is_dir():
+            raise UserError(
+                f"ckpt_path = {path}: a folder of parts; only FSDP2 goes on from it, also on one device "
+                "(--config overlays/fsdp)."
+            )
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitnet.config import OptimConfig, ScheduleConfig
 from bitnet.errors import UserError
 from bitnet.training.schedules import lr_factor, weight_decay_factor
+from bitnet.training.spread_muon import can_be_dealt_out, spread_step
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -82,6 +83,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             raise UserError("optim.kind = muon: this recipe trains no matrices of the blocks; use adamw.")
         self._muon = torch.optim.Muon(matrices, lr=config.matrix_lr or config.lr, adjust_lr_fn="match_rms_adamw")
         self._adamw = _adamw(others, config) if others else None
+        self._is_dealt_out = can_be_dealt_out([p for group in matrices for p in group["params"]])
         super().__init__([*self._muon.param_groups, *(self._adamw.param_groups if self._adamw else ())], {})
 
     @torch.no_grad()
@@ -95,7 +97,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 # Loading a state dict replaces both, so they are handed over anew each time.
                 part.param_groups = [g for g in self.param_groups if (g["role"] == "matrices") == is_muon]
                 part.state = self.state
-                part.step()
+                if is_muon and self._is_dealt_out:
+                    for group in part.param_groups:
+                        spread_step(group, part.state)
+                else:
+                    part.step()
         return loss
 
 

@@ -29,13 +29,10 @@ from bitnet.training.parallel import refresh, shard_model
 ROWS, STEPS, LR = 8, 12, 3e-3
 
 
-def config_of(ffn: int) -> ModelConfig:
-    return ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=ffn, max_seq_len=32)
-
-
 def new_model(kind: str, ffn: int) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(config_of(ffn))
+    config = ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=ffn, max_seq_len=32)
+    model = Transformer(config)
     if kind == "grouped":
         BitNet(weight="binary", scale="rms", scale_per=32, learned_scale=True, mask_beyond=2.0).prepare(model)
         return model
@@ -77,19 +74,20 @@ def whole(tensor: Any, like: Any = None) -> Tensor:
 
 
 class CountingCollectives(TorchDispatchMode):
-    """Bytes that operators on spread tensors gather, and twice those they add up; single numbers are left out."""
+    """Bytes of tensors that are sent inside, by the name of the collective."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.moved = 0
+        self.sent: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # to be seen again as what it does with its pieces
         out = func(*args, **(kwargs or {}))
-        times = {"all_gather_into_tensor": 1, "all_reduce": 2}.get(func.overloadpacket.__name__, 0)
-        if func.namespace == "_c10d_functional" and out.ndim:
-            self.moved += times * out.nbytes
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func.overloadpacket.__name__
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            self.sent[name] = self.sent.get(name, 0) + tensors[-1].nbytes
         return out
 
 
@@ -131,7 +129,7 @@ def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
         shard_model(model, mesh)
     spread = layout != "ddp"
     optimizer = optimizer_of(model, kind)
-    result: dict[str, Any] = {"losses": []}
+    result: dict[str, Any] = {"losses": [], "clipped": []}
     for step, batch in enumerate(batches()[: 2 if kind == "muon" else STEPS]):
         if spread:
             refresh(model, gather)
@@ -149,11 +147,11 @@ def run(kind: str, layout: str, gather: str, ffn: str) -> dict[str, Any]:
         if step == 0:
             result["gradients"] = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if kind == "muon":
+            result["clipped"].append({name: whole(p.grad).clone() for name, p in model.named_parameters()})
         with CountingCollectives() as collectives:
             optimizer.step()
-        if step == 0:
-            result["moved"] = collectives.moved
-            result["after_a_step"] = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+        result["sent"] = collectives.sent
         optimizer.zero_grad()
         mean = loss.detach().clone()
         dist.all_reduce(mean)

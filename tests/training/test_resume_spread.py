@@ -67,6 +67,8 @@ def test_two_processes_go_on_as_one_and_as_four(stories, tmp_path, whole, sharde
             # Sums in another order; with other rows, or moments of other weights, the difference is in the hundredths.
             torch.testing.assert_close(content["state_dict"][name], tensor, rtol=1e-3, atol=2e-4)
     if sharded:
+        assert fit([*tiny_options(stories, half), *SAME, "--ckpt_path=last"]) == 2
+        assert "last.ckpt: a folder of parts; only FSDP2 goes on from it" in capsys.readouterr().err
         model, _ = load_checkpoint(half)
         assert torch.equal(
             model.layers[0].attention.wq.weight,
