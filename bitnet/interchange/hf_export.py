@@ -32,6 +32,7 @@ from bitnet.interchange.names import HUGGING_FACE
 from bitnet.interchange.parts import Matrix, forms, matrices, tables, vectors
 from bitnet.layers import quantized_layers
 from bitnet.model import Transformer
+from bitnet.quantizers import quantize_ternary_absmean
 from bitnet.tensor_file import layout, write
 
 Form = Literal["bitlinear", "autobitlinear", "online", "dense", "compressed-tensors"]
@@ -80,10 +81,18 @@ def check_form(model: Transformer, form: Form, dtype: str) -> Form:
             )
         if weight != "ternary":
             raise UserError("--form online: transformers would make binary latent weights ternary; use bitlinear.")
-        if any(matrix.weight is None for matrix in matrices(model)):
-            raise UserError(
-                "--form online writes latent weights, and a packed model has none; export the run it is of."
-            )
+        for matrix in matrices(model):
+            if matrix.weight is None:
+                raise UserError(
+                    "--form online writes latent weights, and a packed model has none; export the run it is of."
+                )
+            assert matrix.levels is not None and matrix.inv_scale is not None
+            levels, inv_scale = quantize_ternary_absmean(matrix.weight)
+            if not (torch.equal(levels, matrix.levels.float()) and torch.equal(inv_scale, matrix.inv_scale.view(()))):
+                raise UserError(
+                    f"--form online: {matrix.name} has other scales than the mean magnitude, which transformers takes; "
+                    "use bitlinear."
+                )
     elif why := model.config.export_obstacles()["hf"]:
         raise UserError(f"--form {form}: {why}; use --form dense or --form online.")
     return form

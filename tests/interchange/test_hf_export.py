@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.bitnet import pack_weights, unpack_weights
 
+from bitnet import BitNet, Transformer
 from bitnet.chat_template import PLAIN_TEMPLATE
 from bitnet.errors import UserError
 from bitnet.generate import Sampling, generate_tokens
@@ -244,6 +245,11 @@ def test_what_cannot_be_held_is_refused(tmp_path) -> None:
     packed = pack(opened_model().model)
     with pytest.raises(UserError, match="a packed model has none"):
         check_form(packed, "online", "float32")
+    medians = Transformer(opened_model().model.config)
+    BitNet(scale="absmedian").prepare(medians)
+    with pytest.raises(UserError, match=r"layers.0.attention.wq has other scales than the mean magnitude"):
+        check_form(medians, "online", "float32")
+    assert check_form(medians, "bitlinear", "float32") == "bitlinear"
     assert check_form(opened_model(weight="none", act_bits="none").model, "bitlinear", "float32") == "dense"
 
 
