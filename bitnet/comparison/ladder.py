@@ -70,7 +70,8 @@ def fit_laws(points: Mapping[str, Points]) -> Laws:
 
 AXES: dict[str, tuple[str, Callable[[Row], float | None]]] = {
     "parameters": ("weights of the blocks", lambda row: row.linear_parameters),
-    "bits": ("bits of the file, everything counted", lambda row: 8 * row.file_bytes),
+    # No file sizes: a packed file holds its tokenizer, too, one of float weights does not.
+    "bits": ("bits of all tensors", lambda row: row.bits_per_parameter * row.parameters),
     "tokens": ("training tokens", lambda row: None if row.own is None else row.own.tokens),
 }
 

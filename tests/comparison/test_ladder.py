@@ -1,5 +1,6 @@
 """Laws of several sizes against laws that the points were made by."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,17 @@ def test_a_report_says_the_laws_and_draws_them(tmp_path: Path) -> None:
     assert len(found) == 4
     assert "float: 20" in found[0] or "float: 19" in found[0] or "float: 21" in found[0]
     assert "W1.58A8 and float never meet." in found[1]
-    assert "against bits of the file" in found[2]
+    assert "against bits of all tensors" in found[2]
     (file,) = plot_ladders(rows(), tmp_path)
     assert file.read_text().count("training tokens") >= 1
+
+
+def test_a_tokenizer_in_the_file_of_one_method_moves_no_law() -> None:
+    """A packed file holds its tokenizer, a file of float weights does not: only tensors are compared."""
+    float_, ternary = rows()[:4], rows()[4:]
+    padded = [dataclasses.replace(r, file_bytes=r.file_bytes + 118_000) for r in ternary]
+    assert describe([*float_, *padded]) == describe(rows())
+    assert ladders(rows(), "bits")["W1.58A8"][0][0] == 2 * 1.2e5
 
 
 def test_too_few_sizes_have_no_law(tmp_path: Path) -> None:
