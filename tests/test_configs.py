@@ -102,7 +102,7 @@ def test_packed_size_by_hand() -> None:
 
 
 def test_published_learning_rates() -> None:
-    """With AdamW; BitNet b1 125M: 2.4e-3; BitNet v2 400M: 1.8e-3; tips 1.3B: 1.2e-3; QuEST 30M: 1.2e-3, doubled for Muon."""
+    """With AdamW; BitNet b1 125M: 2.4e-3; BitNet v2 400M: 1.8e-3; tips 1.3B: 1.2e-3; QuEST 30M: half of ours."""
     import yaml
 
     from bitnet.training.shipped import find_config
