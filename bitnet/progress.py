@@ -13,7 +13,7 @@ class TableConsole(Console):
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(highlight=False, width=width)
+        super().__init__(highlight=False, markup=False, emoji=False, width=width)  # values may stand in brackets
 
     def on_broken_pipe(self) -> None:
         raise  # what rich is handling just now

@@ -104,6 +104,7 @@ def test_recipes_take_modules_of_other_libraries() -> None:
     "options,named",
     [
         ({"act4_from": 1.5}, "act4_from"),
+        ({"act4_from": 1.0}, "act4_from"),  # no step would be left for 4 bits, but the checkpoint would say 4
         ({"quantizer_warmup": -1}, "quantizer_warmup"),
         ({"quantizer_warmup": 1.5}, "quantizer_warmup"),
         ({"act4_from": 0.9, "act_bits": 4}, "act_bits"),

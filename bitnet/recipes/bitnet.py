@@ -51,8 +51,8 @@ class BitNet(Recipe):
     """Names of the linears whose inputs never go below 8 bits."""
 
     def __post_init__(self) -> None:
-        if self.act4_from is not None and not 0.0 <= self.act4_from <= 1.0:
-            raise UserError(f"act4_from = {self.act4_from}: a fraction between 0 and 1 is needed.")
+        if self.act4_from is not None and not 0.0 <= self.act4_from < 1.0:
+            raise UserError(f"act4_from = {self.act4_from}: a fraction below 1 is needed.")
         if self.act4_from is not None and self.act_bits != 8:
             raise UserError(f"act4_from needs act_bits = 8 to start from; it is {self.act_bits}.")
         if not 0.0 <= self.quantize_from < 1.0:

@@ -17,7 +17,7 @@ pytest.importorskip("optuna", reason="pip install optuna")
 from bitnet.__main__ import main
 from bitnet.errors import UserError
 from bitnet.training.sweep import Sweep, parse_grid
-from bitnet.training.sweep_report import Point, best_of, is_geometric, numbers
+from bitnet.training.sweep_report import Point, best_of, is_geometric, numbers, write_report
 
 from ..conftest import ROOT
 
@@ -219,3 +219,10 @@ def test_a_point_does_not_win_by_losing_a_seed() -> None:
     part = Point({"lr": "2"}, {0: {"val/bpb": 1.5}})
     assert best_of([part, whole]) is whole
     assert best_of([Point({"lr": "1"}, {})]) is None
+
+
+def test_values_in_brackets_stand_in_the_table(tmp_path, capsys) -> None:
+    axes = parse_grid(["data.path=[/a/x.txt,/a/y.txt],[wo,w2]"])
+    write_report(Sweep(config="tiny", axes=axes, seeds=1, out=tmp_path, options=()), {})
+    printed = capsys.readouterr().out
+    assert "[/a/x.txt,/a/y.txt]" in printed and "[wo,w2]" in printed
