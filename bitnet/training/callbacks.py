@@ -6,6 +6,7 @@ histograms ``weights/<layer>`` and ``samples/text``. The step axis counts optimi
 """
 
 import math
+import pickle
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,28 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="val/loss", enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also what best.ckpt says of itself: it may be newer than the checkpoint that the run goes on from, which is
+        saved before the validation of its step, or be in a folder that has another name now."""
+        super().load_state_dict(state_dict)
+        file = Path(self.dirpath or ".") / f"{self.filename}.ckpt"
+        try:
+            said = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["callbacks"][self.state_key]
+            score = said["best_model_score"]
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            pickle.UnpicklingError,
+        ):  # none there, parts, or damaged
+            return
+        if score is not None and (self.best_model_score is None or score < self.best_model_score):
+            self.best_model_score = self.kth_value = score.clone()  # lets go of the file
+            self.best_model_path = self.kth_best_model_path = str(file)
+            self.best_k_models = {str(file): self.kth_value}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)

@@ -1,13 +1,16 @@
 """Nothing lost: a run that is stopped or killed at any moment ends with the bits of one that was not."""
 
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bitnet.checkpoint import load_checkpoint, read_checkpoint
+from bitnet.training.callbacks import BestCheckpoint
 from bitnet.training.cli import main as fit
 from bitnet.training.lit import LitBitNet
 
@@ -80,6 +83,27 @@ def test_a_run_killed_before_its_last_validation_has_only_that_left(texts, tmp_p
     assert killed["steps"] == 12 and killed["best_val_bpb"] == whole["best_val_bpb"]
     best, expected = (load_checkpoint(tmp_path / n / "checkpoints/best.ckpt")[0] for n in ("killed", "whole"))
     assert all(torch.equal(w, expected.get_parameter(name)) for name, w in best.named_parameters())
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_better_model_is_not_overwritten_after_a_resume(texts, tmp_path, run_fit, renamed) -> None:
+    """best.ckpt of a validation that the checkpoint knows nothing of: that was saved before it, or elsewhere."""
+    folder = tmp_path / "run"
+    run_fit(texts, folder, "--trainer.max_steps=8", "--trainer.val_check_interval=8")
+    loss = json.loads((folder / "summary.json").read_text())["figures"]["val/loss"]
+    resumed = BestCheckpoint()
+    state = read_checkpoint(folder / "checkpoints/last.ckpt")["callbacks"][resumed.state_key]
+    if renamed:
+        folder = folder.rename(tmp_path / "elsewhere")
+    else:
+        worse = torch.tensor(loss + 1)
+        state |= {"best_model_score": worse, "kth_value": worse, "best_k_models": {state["best_model_path"]: worse}}
+    resumed.dirpath = str(folder / "checkpoints")
+    with warnings.catch_warnings(action="ignore"):  # Lightning's, of a folder with another name
+        resumed.load_state_dict(state)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=lambda decision: decision))
+    assert not resumed.check_monitor_top_k(trainer, torch.tensor(loss + 0.01))
+    assert resumed.check_monitor_top_k(trainer, torch.tensor(loss - 0.01))
 
 
 def test_the_state_of_another_optimizer_is_refused_in_one_line(texts, tmp_path, run_fit, capsys) -> None:
