@@ -6,7 +6,6 @@ histograms ``weights/<layer>`` and ``samples/text``. The step axis counts optimi
 """
 
 import math
-import pickle
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from bitnet.checkpoint import damage
 from bitnet.data.tokens import UNSAID
 from bitnet.generate import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
@@ -230,17 +230,12 @@ class BestCheckpoint(ModelCheckpoint):
         saved before the validation of its step, or be in a folder that has another name now."""
         super().load_state_dict(state_dict)
         file = Path(self.dirpath or ".") / f"{self.filename}.ckpt"
+        if not file.is_file() or damage(file):
+            return
+        said = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         try:
-            said = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["callbacks"][self.state_key]
-            score = said["best_model_score"]
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            pickle.UnpicklingError,
-        ):  # none there, parts, or damaged
+            score = said["callbacks"][self.state_key]["best_model_score"]
+        except (KeyError, TypeError):  # not of a run
             return
         if score is not None and (self.best_model_score is None or score < self.best_model_score):
             self.best_model_score = self.kth_value = score.clone()  # lets go of the file
