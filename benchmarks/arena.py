@@ -29,10 +29,13 @@ import yaml
 
 from bitnet.checkpoint import load_checkpoint
 from bitnet.data.corpora import Reading
+from bitnet.errors import UserError
 from bitnet.evaluation.perplexity import evaluate_text
 from bitnet.inference.files import load_packed, save_packed
 from bitnet.inference.packing import pack
 from bitnet.layers import low_bit_layers
+from bitnet.training.changes import flat
+from bitnet.training.cli import plain_config
 
 ROOT = Path(__file__).parents[1]
 TRAIN = (
@@ -81,33 +84,28 @@ def books(folder: Path, names: tuple[str, ...]) -> list[str]:
     return [str(folder / f"{name}.txt.xz") for name in names]
 
 
-def check_options(folder: Path, options: dict[str, Any]) -> None:
-    """Refuse to take a run for one with ``options`` that was trained with others."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    for key, value in options.items():
-        if key.startswith("trainer.callbacks"):  # a list there, and settings of its last entry here
-            continue
-        found = config
-        for part in key.split("."):
-            found = found[part] if part in found else found["init_args"][part]
-        if str(found) != str(value):
-            raise SystemExit(f"{folder}: was trained with {key} = {found}, not {value}; give another --runs")
+def check_options(folder: Path, options: list[str]) -> None:
+    """Refuse to take a run for one with ``options`` that was trained with others, s.yaml's and defaults included."""
+    found = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    for key, value in flat(plain_config(options)).items():
+        if key in found and found[key] != value:
+            raise UserError(f"{folder}: was trained with {key} = {found[key]}, not {value}; give another --runs.")
 
 
 def train(options: dict[str, Any], novels: Path, folder: Path) -> dict[str, Any]:
     """The summary of a run; one that is finished is not run again, one that was stopped goes on."""
     summary = folder / "summary.json"
+    given = {
+        "data.path": json.dumps(books(novels, TRAIN)),
+        "data.val_path": json.dumps(books(novels, VALIDATION)),
+        "trainer.default_root_dir": folder,
+        **options,
+    }
+    arguments = ["--config", str(ROOT / "benchmarks/arena/s.yaml"), *(f"--{key}={v}" for key, v in given.items())]
     if (folder / "config.yaml").is_file():
-        check_options(folder, options)
+        check_options(folder, arguments)
     if not summary.is_file():
-        given = {
-            "data.path": json.dumps(books(novels, TRAIN)),
-            "data.val_path": json.dumps(books(novels, VALIDATION)),
-            "trainer.default_root_dir": folder,
-            **options,
-        }
-        command = [sys.executable, "train.py", "fit", "--config", str(ROOT / "benchmarks/arena/s.yaml")]
-        command += [f"--{key}={value}" for key, value in given.items()]
+        command = [sys.executable, "train.py", "fit", *arguments]
         if (folder / "checkpoints" / "last.ckpt").is_file():
             command.append("--ckpt_path=last")
         elif folder.exists():
@@ -186,10 +184,13 @@ def trials(file: Path, novels: Path, runs: Path, out: Path | None) -> None:
 
 
 def write(name: Path, result: dict[str, Any]) -> None:
-    """``result`` as JSON with date, commit and torch, in a file of today."""
+    """``result`` as JSON with date, commit and torch, in a new file of today."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     head = {"date": str(datetime.date.today()), "commit": commit.stdout.strip(), "torch": torch.__version__}
-    file = name.with_name(f"{name.name}_cpu_{head['date']}.json")
+    file, number = name.with_name(f"{name.name}_cpu_{head['date']}.json"), 1
+    while file.exists():
+        number += 1
+        file = name.with_name(f"{name.name}_cpu_{head['date']}_{number}.json")
     file.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -228,6 +229,9 @@ def main() -> None:
     parser.add_argument("--trials", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    for name in ("novels", "runs", "out"):  # runs are made in another working directory
+        if given := getattr(args, name):
+            setattr(args, name, given.resolve())
     torch.set_num_threads(1)
     if args.trials:
         trials(args.trials, args.novels, args.runs, args.out)
@@ -256,4 +260,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -308,6 +308,29 @@ def test_a_low_bit_parent_of_a_recipe_that_begins_in_float_is_named(finished_run
     assert "is a low-bit model" not in capsys.readouterr().err  # it was said when the run began
 
 
+def test_a_blend_that_is_longer_than_the_run_is_named(stories, tmp_path, capsys) -> None:
+    options = [*tiny_options(stories, tmp_path / "run"), "--trainer.max_steps=4", "--model.recipe.quantizer_warmup=16"]
+    assert fit(options) == 0
+    said = "warning: the run ends after 4 steps, when quantizer_warmup has brought 25% of the low bits."
+    assert said in capsys.readouterr().err
+
+
+def test_the_loss_of_a_step_is_that_of_all_its_batches(stories, tmp_path, run_fit) -> None:
+    """The first step on 12 rows, as three batches and as one."""
+    losses = []
+    for rows, batches in ((4, 3), (12, 1)):
+        size = ("--model.config.dropout=0", f"--data.batch_size={rows}", f"--trainer.accumulate_grad_batches={batches}")
+        run_fit(stories, tmp_path / str(rows), *size, "--trainer.max_steps=1", "--trainer.val_check_interval=3")
+        losses.append(json.loads((tmp_path / str(rows) / "summary.json").read_text())["figures"]["train/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [("--trainer.log_every_n_steps=0",), ("--data.seq_len=4",)])
+def test_no_figures_between_and_rows_shorter_than_a_prompt(stories, tmp_path, run_fit, options) -> None:
+    run_fit(stories, tmp_path / "run", "--trainer.max_steps=3", *options)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["figures"]["train/loss"] > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_export_leaves_nothing(finished_run, tmp_path, monkeypatch, capsys, number) -> None:
     from bitnet.interchange import exporting

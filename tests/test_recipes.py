@@ -108,6 +108,8 @@ def test_recipes_take_modules_of_other_libraries() -> None:
         ({"quantizer_warmup": -1}, "quantizer_warmup"),
         ({"quantizer_warmup": 1.5}, "quantizer_warmup"),
         ({"act4_from": 0.9, "act_bits": 4}, "act_bits"),
+        ({"quantize_from": 0.8, "quantizer_warmup": 0.5}, "quantizer_warmup"),  # 140 % of the run
+        ({"mask_beyond": float("nan")}, "mask_beyond"),
     ],
 )
 def test_impossible_options_are_refused(options, named) -> None:

@@ -49,6 +49,8 @@ def sweep(args: argparse.Namespace) -> int:
             return 130
     elif not out.is_dir():
         raise UserError(f"--out {out}: there is no sweep yet; leave --report out to run it.")
+    else:
+        runner.check_is_same()
     write_report(wanted, runner.errors())
     for name in runner.under_way():
         print(f"{name}: under way in another process; --report shows the table again")

@@ -16,7 +16,9 @@ import numpy as np
 from bitnet.comparison.compare import Row
 
 LEAST_SIZES = 3
-"""Sizes of a method from which there is a law."""
+"""Sizes of a method from which there may be a law."""
+EXPONENTS = np.geomspace(0.02, 2.0, 400)
+"""Those that are tried; one at either end means that the points are those of no power law."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -52,9 +54,9 @@ def _not_negative(f: Any, y: Any) -> tuple[float, float]:
 
 
 def fit_laws(points: Mapping[str, Points]) -> Laws:
-    """Least squares over all methods; exponents from 0.02 to 2 are tried, a and c follow from each exactly."""
+    """Least squares over all methods; a and c follow from each of ``EXPONENTS`` exactly."""
     best: Laws | None = None
-    for exponent in np.geomspace(0.02, 2.0, 400):
+    for exponent in EXPONENTS:
         terms, squares, count = {}, 0.0, 0
         for method, of_method in points.items():
             x, y = np.array(of_method, dtype=np.float64).T
@@ -66,6 +68,16 @@ def fit_laws(points: Mapping[str, Points]) -> Laws:
             best = Laws(exponent=float(exponent), terms=terms, error=error)
     assert best is not None
     return best
+
+
+def why_no_law(points: Mapping[str, Points]) -> str | None:
+    """Why ``fit_laws`` would fit these, and still say nothing; None where it does say something."""
+    count, numbers = sum(len(of_method) for of_method in points.values()), 2 * len(points) + 1
+    if count <= numbers:
+        return f"{count} models fit any law of {numbers} numbers; one more size would tell"
+    if fit_laws(points).exponent in (EXPONENTS[0], EXPONENTS[-1]):
+        return "they lie on no power law"
+    return None
 
 
 AXES: dict[str, tuple[str, Callable[[Row], float | None]]] = {
@@ -91,6 +103,9 @@ def describe(rows: Sequence[Row]) -> list[str]:
     for axis in ("parameters", "bits"):
         points = ladders(rows, axis)
         if not points:
+            continue
+        if why := why_no_law(points):
+            lines.append(f"Bits per byte against {AXES[axis][0]}: no law ({why}).")
             continue
         laws = fit_laws(points)
         said = "; ".join(f"{m}: {a:.4g} x^-{laws.exponent:.3f} + {c:.4f}" for m, (a, c) in laws.terms.items())
@@ -119,7 +134,7 @@ def plot_ladders(rows: Sequence[Row], folder: Path) -> list[Path]:
     figure = Figure(figsize=(3.4 * len(shown) + 1.6, 3.8), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, (axis, points) in zip(panels, shown.items(), strict=True):
-        laws = fit_laws(points) if axis != "tokens" else None
+        laws = None if axis == "tokens" or why_no_law(points) else fit_laws(points)
         for method, of_method in points.items():
             number = methods.index(method)
             x, y = zip(*of_method, strict=True)

@@ -42,6 +42,10 @@ class Recipe(ABC):
         Without batches the layers have the same form, ready for a checkpoint to fill.
         """
 
+    def blend(self, step: int, total_steps: int) -> float:
+        """How far layers are from float (0) to low bits (1) at ``step``; default: 1 in every step."""
+        return 1.0
+
     def on_step(self, model: nn.Module, step: int, total_steps: int) -> None:  # noqa: B027 - an optional hook
         """Called before optimizer step ``step`` of ``total_steps``; default: nothing."""
 

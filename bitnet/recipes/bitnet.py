@@ -57,7 +57,7 @@ class BitNet(Recipe):
             raise UserError(f"act4_from needs act_bits = 8 to start from; it is {self.act_bits}.")
         if not 0.0 <= self.quantize_from < 1.0:
             raise UserError(f"quantize_from = {self.quantize_from}: a fraction below 1 is needed.")
-        if self.mask_beyond is not None and self.mask_beyond <= 0.5:
+        if self.mask_beyond is not None and not self.mask_beyond > 0.5:
             raise UserError(f"mask_beyond = {self.mask_beyond}: must exceed 0.5, where a weight becomes 0.")
         if self.weight == "none" and not self.has_plain_scale:
             raise UserError("scale, scale_per, learned_scale and mask_beyond need ternary or binary weights.")
@@ -65,6 +65,11 @@ class BitNet(Recipe):
             self.quantizer  # noqa: B018 - refuses what does not fit
         if self.quantizer_warmup < 0 or (self.quantizer_warmup > 1 and self.quantizer_warmup % 1):
             raise UserError(f"quantizer_warmup = {self.quantizer_warmup}: a number of steps, or a fraction below 1.")
+        if self.quantizer_warmup < 1 and self.quantize_from + self.quantizer_warmup > 1 + 1e-9:
+            raise UserError(
+                f"quantizer_warmup = {self.quantizer_warmup}: no run is long enough for it behind quantize_from = "
+                f"{self.quantize_from}; their sum must be 1 at most."
+            )
 
     @property
     def has_plain_scale(self) -> bool:
@@ -113,13 +118,15 @@ class BitNet(Recipe):
             self, act_bits=4 if late else self.act_bits, act4_from=None, quantizer_warmup=0, quantize_from=0.0
         )
 
+    def blend(self, step: int, total_steps: int) -> float:
+        since = step - self.quantize_from * total_steps
+        steps = self.quantizer_warmup * (total_steps if self.quantizer_warmup < 1 else 1)
+        return 0.0 if since < 0 else min(since / steps, 1.0) if steps else 1.0
+
     def on_step(self, model: nn.Module, step: int, total_steps: int) -> None:
         if self.quantizer_warmup == 0 and self.act4_from is None and self.quantize_from == 0.0:
             return
-        act_bits = self.served(step, total_steps).act_bits
-        since = step - self.quantize_from * total_steps
-        steps = self.quantizer_warmup * (total_steps if self.quantizer_warmup < 1 else 1)
-        warmup = 0.0 if since < 0 else min(since / steps, 1.0) if steps else 1.0
+        act_bits, warmup = self.served(step, total_steps).act_bits, self.blend(step, total_steps)
         for name, module in model.named_modules():
             if isinstance(module, BitLinear):
                 module.act_bits, module.warmup = self.bits_of(name, act_bits), warmup

@@ -68,7 +68,7 @@ class RandomState(Callback):
 
 def is_log_step(trainer: L.Trainer, step: int) -> bool:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return step % every == 0 or step in (1, trainer.max_steps)
+    return (every > 0 and step % every == 0) or step in (1, trainer.max_steps)
 
 
 class TrainingMetrics(Callback):
@@ -76,6 +76,8 @@ class TrainingMetrics(Callback):
 
     def __init__(self) -> None:
         self._speed = Speed()
+        self._losses: list[Tensor] = []
+        """Of the batches of this step, as parts of their mean."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
         if writer := tensorboard(trainer):
@@ -90,9 +92,13 @@ class TrainingMetrics(Callback):
         self, trainer: L.Trainer, pl_module: LitBitNet, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         self._speed.stop(batch["inputs"].numel())
-        if not (pl_module.steps_now and is_log_step(trainer, trainer.global_step)):
+        self._losses.append(outputs["loss"].detach())
+        if not pl_module.steps_now:
             return
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        losses, self._losses = self._losses, []
+        if not is_log_step(trainer, trainer.global_step):
+            return
+        loss = float(torch.stack(losses).mean()) * trainer.accumulate_grad_batches
         group = pl_module.optimizers(use_pl_optimizer=False).param_groups[0]  # type: ignore[union-attr]
         metrics = {
             "train/loss": loss,
@@ -179,7 +185,8 @@ class SampleText(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.world_size > 1:
             return
         tokenizer = pl_module.data.tokenizer
-        prompt = [int(i) % UNSAID for i in pl_module.data.tokens.ids("val")[: self.PROMPT_TOKENS]]
+        length = min(self.PROMPT_TOKENS, pl_module.config.max_seq_len // 2)
+        prompt = [int(i) % UNSAID for i in pl_module.data.tokens.ids("val")[:length]]
         room = pl_module.config.max_seq_len - len(prompt)
         model = pl_module.transformer
         length, eos_id = min(self.max_new_tokens, room), pl_module.data.tokens.eos_id

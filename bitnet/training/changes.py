@@ -38,15 +38,15 @@ def record_of(config: Plain, text: list[str]) -> dict[str, Plain]:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-    return {"settings": {**_flat(config), "data": ", ".join(text)}, "environment": environment}
+    return {"settings": {**flat(config), "data": ", ".join(text)}, "environment": environment}
 
 
-def _flat(config: Any, prefix: str = "") -> Plain:
+def flat(config: Any, prefix: str = "") -> Plain:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists are values."""
     if not isinstance(config, dict) or not config:
         return {prefix: config}
     return {
-        name: value for key, sub in config.items() for name, value in _flat(sub, f"{prefix}.{key}".strip(".")).items()
+        name: value for key, sub in config.items() for name, value in flat(sub, f"{prefix}.{key}".strip(".")).items()
     }
 
 

@@ -6,6 +6,7 @@ ones. Each new run gets a folder of its own; ``--ckpt_path last`` continues the 
 
 import inspect
 import os
+import pkgutil
 import shutil
 import sys
 import warnings
@@ -45,11 +46,12 @@ from bitnet.training.interruption import Interrupted, ended_by_signals
 from bitnet.training.lit import LitBitNet
 from bitnet.training.optim import check_same_kind
 from bitnet.training.report import RunReport
-from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder
+from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder, warn
 from bitnet.training.shipped import find_config
 from bitnet.training.tensorboard import RunLogger
 
 DEFAULT_CONFIG = "tiny"
+KEEP_LOW_BITS = "to go on with low bits set model.recipe.quantize_from = 0 and quantizer_warmup = 0"
 
 
 class OneLineParser(LightningArgumentParser):
@@ -142,10 +144,12 @@ class FitCLI(LightningCLI):
             check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), where)
         if self.model.init_from and not self.model.resumes:
             self._warn_of_float(contents[f"model.init_from {self.model.init_from}"]["bitnet"])
+        if (steps := config.trainer.max_steps) > 0 and (low := self.model.recipe.blend(steps, steps)) < 1:
+            warn(f"the run ends after {steps} steps, when quantizer_warmup has brought {low:.0%} of the low bits")
         self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
         if self.ckpt_path is not None:
             content = contents[f"--ckpt_path {self.ckpt_path}"]
-            self._check_record(content["bitnet"].get("record"))
+            self._check_record(content["bitnet"].get("record"), content.get("global_step", 0))
             for saved in content.get("optimizer_states", []):
                 check_same_kind(saved, self.model.optim)
         if self.ckpt_path is None and is_first_process():
@@ -171,20 +175,31 @@ class FitCLI(LightningCLI):
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RandomState))
         return trainer
 
-    def _check_record(self, old: dict[str, Any] | None) -> None:
-        """Name every setting that is not what it was when the checkpoint was saved."""
-        lines = changes(old, self.model.record) if old else []  # older checkpoints say nothing
+    def _check_record(self, old: dict[str, Any] | None, step: int) -> None:
+        """Name every setting that is not what it was when the checkpoint of ``step`` was saved."""
+        if not old:  # older checkpoints say nothing
+            return
+        lines = changes(old, self.model.record)
+        before, now = (
+            self.model.recipe.blend(step, total)
+            if (total := record["settings"].get("trainer.max_steps", -1)) > 0
+            else 1.0
+            for record in (old, self.model.record)
+        )
+        if now < before:
+            lines.append(
+                f"of {self.config.fit.trainer.max_steps} steps, step {step} is one at which this recipe trains "
+                f"{1 - now:.0%} in float; {KEEP_LOW_BITS}"
+            )
         for line in lines:
-            if is_first_process():
-                print(f"warning: {line}.", file=sys.stderr)
+            warn(line)
 
     def _warn_of_float(self, parent: dict[str, Any]) -> None:
         """Training a low-bit model on with a recipe that begins in float undoes what its weights are adapted to."""
-        if self.model.recipe.begins_in_float and not is_float(parent) and is_first_process():
-            print(
-                f"warning: model.init_from = {self.model.init_from} is a low-bit model, which this recipe trains in "
-                "float first; to go on with low bits set model.recipe.quantize_from = 0 and quantizer_warmup = 0.",
-                file=sys.stderr,
+        if self.model.recipe.begins_in_float and not is_float(parent):
+            warn(
+                f"model.init_from = {self.model.init_from} is a low-bit model, which this recipe trains in float "
+                f"first; {KEEP_LOW_BITS}"
             )
 
     def _plain_config(self) -> dict[str, Any]:
@@ -317,11 +332,17 @@ class ParsedConfig:
     trainer: dict[str, Any]
 
 
+def plain_config(args: list[str]) -> dict[str, Any]:
+    """What ``fit`` with ``--config NAME`` and options would leave in config.yaml. Raises ``UserError`` as it would."""
+    cli = make_cli(_resolve_configs(args), run=False, kind=_ParseOnly)
+    return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+
+
 def parse_config(args: list[str]) -> ParsedConfig:
     """Read ``--config NAME`` and options as ``fit`` would. Raises ``UserError`` as ``fit`` would."""
     config = make_cli(_resolve_configs(args), run=False, kind=_ParseOnly).config
     recipe = config.model.recipe
-    kind = RECIPES[recipe.class_path.rpartition(".")[2]] if recipe else BitNet
+    kind = pkgutil.resolve_name(recipe.class_path) if recipe else BitNet  # it may be somebody's own
     return ParsedConfig(
         model=ModelConfig(**config.model.config.as_dict()),
         recipe=kind(**recipe.init_args.as_dict()) if recipe else BitNet(),

@@ -182,8 +182,13 @@ class LitBitNet(L.LightningModule):
             raise UserError(
                 f"model.recipe: {NOT_PLAIN} with sharded weights need scale_per = row, or a group of inputs."
             )
-        if self.loss_chunk is not None and getattr(strategy, "tensor_parallel", 1) > 1:
-            raise UserError("model.loss_chunk: tensor parallelism cuts the output head another way; leave it out.")
+        if getattr(strategy, "tensor_parallel", 1) > 1:
+            if self.loss_chunk is not None:
+                raise UserError("model.loss_chunk: tensor parallelism cuts the output head another way; leave it out.")
+            if recipe.act4_from is not None and any(recipe.bits_of(name, 4) == 4 for name in ("wo", "w2")):
+                raise UserError(
+                    f"model.recipe.keep_8bit = {list(recipe.keep_8bit)}: tensor parallelism needs wo and w2 in it."
+                )
         if self.recipe.begins_in_float and getattr(strategy, "gather", None) == "levels":
             raise UserError(
                 "trainer.strategy.gather = levels: quantize_from and quantizer_warmup compute with latent weights at "

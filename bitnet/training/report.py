@@ -85,10 +85,20 @@ class RunReport(Callback):
     """Header, summary.json, loss.png and weights.png of a run folder."""
 
     def __init__(self) -> None:
-        self._started = 0.0
+        self._started, self._before = time.monotonic(), 0.0
         self._first_step: int | None = None
         self.waits_for_validation = False
         """Whether all steps were made before, and the validation after the last one was not."""
+
+    def _seconds(self) -> float:
+        """Of this session."""
+        return time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._before + self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._started = time.monotonic()
@@ -137,7 +147,6 @@ class RunReport(Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         folder = Path(trainer.default_root_dir)
-        seconds = time.monotonic() - self._started
         if trainer.logger is not None:
             trainer.logger.save()  # or what was logged last may not be in the file yet
         curves = read_curves(
@@ -158,7 +167,7 @@ class RunReport(Callback):
             plot_quantized(pl_module.transformer, folder / "weights.png")
         summary = {
             "steps": trainer.global_step,
-            "seconds": round(seconds, 1),
+            "seconds": round(self._before + self._seconds(), 1),
             "parameters": count_parameters(pl_module.config).total,
             "figures": {tag: round(curve[-1][1], 6) for tag, curve in curves.items() if curve},
             "mean_flip_rate": round(float(np.mean([v for _, v in curves.get("quant/flip_rate", [(0, 0.0)])])), 8),
@@ -170,16 +179,19 @@ class RunReport(Callback):
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         steps = 0 if self._first_step is None else trainer.global_step - self._first_step
-        for line in _closing_lines(folder, summary, steps):
+        done = f"{steps} steps in {self._seconds():.0f} s"
+        if self._before:
+            done += f", {summary['steps']} in {summary['seconds']:.0f} s with those of before"
+        for line in _closing_lines(folder, summary, done):
             say(trainer, line)
 
 
-def _closing_lines(folder: Path, summary: dict[str, Any], steps: int) -> list[str]:
+def _closing_lines(folder: Path, summary: dict[str, Any], done: str) -> list[str]:
     figures = summary["figures"]
     bitnet = command_prefix()
     lines = [
         "",
-        f"Done: {steps} steps in {summary['seconds']:.0f} s; everything is in {folder}/ (see loss.png, weights.png)",
+        f"Done: {done}; everything is in {folder}/ (see loss.png, weights.png)",
     ]
     if "val/bpb" in figures:
         lines.append(f"  validation   {figures['val/loss']:.4f} nats per token, {figures['val/bpb']:.4f} bits per byte")

@@ -8,7 +8,7 @@ from pathlib import Path
 from bitnet.checkpoint import damage
 from bitnet.errors import UserError
 from bitnet.sharded_checkpoint import is_sharded
-from bitnet.training.atomic import LAST, PREVIOUS
+from bitnet.training.atomic import LAST, PARTIAL_SUFFIX, PREVIOUS
 
 
 def is_first_process() -> bool:
@@ -18,6 +18,12 @@ def is_first_process() -> bool:
     """
     rank = next((os.environ[v] for v in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if v in os.environ), "0")
     return rank == "0"
+
+
+def warn(line: str) -> None:
+    """In the first process."""
+    if is_first_process():
+        print(f"warning: {line}.", file=sys.stderr)
 
 
 def run_family(root: Path) -> list[Path]:
@@ -30,7 +36,10 @@ def run_family(root: Path) -> list[Path]:
 
 
 def is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    """Whether there is nothing but what a stopped write left."""
+    return not folder.exists() or (
+        folder.is_dir() and all(file.name.endswith(PARTIAL_SUFFIX) for file in folder.iterdir())
+    )
 
 
 def new_run_folder(root: Path, overwrite: bool) -> Path:
@@ -83,8 +92,8 @@ def _newest_whole(files: list[Path]) -> Path:
     reasons: list[str] = []
     for file in files:
         if not (why := damage(file)):
-            if reasons and is_first_process():
-                print(f"warning: {'; '.join(reasons)}; going on from {file}.", file=sys.stderr)
+            if reasons:
+                warn(f"{'; '.join(reasons)}; going on from {file}")
             return file
         reasons.append(f"{file} is damaged ({why})")
     raise UserError(f"--ckpt_path: {'; '.join(reasons)}; nothing to go on from, begin the run anew.")

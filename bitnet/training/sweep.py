@@ -24,7 +24,7 @@ from typing import IO, Any
 import optuna
 import yaml
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from bitnet.errors import UserError
 from bitnet.training.cli import parse_config
@@ -57,7 +57,7 @@ def parse_grid(options: list[str]) -> tuple[Axis, ...]:
     for option in options:
         name, equals, text = option.partition("=")
         keys = tuple(key.removeprefix("--") for key in name.split("+"))
-        choices = re.split(r",(?![^\[{(]*[\]})])", text)
+        choices = _at_commas(text)
         if not equals or not all(keys) or not all(choices):
             raise UserError(f"--grid {option}: write KEY=VALUE,VALUE as in --grid model.optim.lr=1e-3,2e-3.")
         values = tuple(tuple(choice.split("+")) if len(keys) > 1 else (choice,) for choice in choices)
@@ -72,6 +72,18 @@ def parse_grid(options: list[str]) -> tuple[Axis, ...]:
     if twice := next((key for key in keys_seen if keys_seen.count(key) > 1), None):
         raise UserError(f"--grid {twice}: the key is given twice; put its values into one list.")
     return tuple(axes)
+
+
+def _at_commas(text: str) -> list[str]:
+    """``text`` cut at the commas outside of all brackets."""
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,11 @@ class Sweep:
     def fit_options(self, settings: Settings) -> list[str]:
         return ["--config", self.config, *self.options, *(f"--{key}={value}" for key, value in settings.items())]
 
+    @cached_property
+    def mark(self) -> str:
+        """In the names of studies, since one that another process is making has its name from the start."""
+        return f"options {self.fingerprint()}"
+
     def fingerprint(self) -> str:
         """Stands for all that must stay the same while a sweep goes on: options, and what is in its configs."""
         names = [self.config]
@@ -150,18 +167,33 @@ def check(sweep: Sweep) -> None:
     raise first
 
 
-def figures(run: Run) -> dict[str, Any] | None:
-    """``figures`` in the summary of a run that has made all its steps; None for any other."""
+def _summary(run: Run) -> tuple[dict[str, Any], bool] | None:
+    """The summary of a run, and whether it has made all its steps; None without one."""
     try:
-        summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
         trainer = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))["trainer"]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # not there yet, or damaged
         return None
     by_steps = trainer.get("max_epochs") is None and trainer.get("max_time") is None
-    if by_steps and summary["steps"] < trainer["max_steps"]:
-        return None
-    found: dict[str, Any] = summary["figures"]
-    return found
+    return summary, not by_steps or summary["steps"] >= trainer["max_steps"]
+
+
+def figures(run: Run) -> dict[str, Any] | None:
+    """``figures`` in the summary of a run that has made all its steps; None for any other."""
+    found = _summary(run)
+    return found[0]["figures"] if found and found[1] else None
+
+
+def _torn(journal: Path) -> bytes:
+    """The part of a line that a power cut or a full disk left at the end, behind which nothing could be read."""
+    return journal.read_bytes().rpartition(b"\n")[2] if journal.is_file() else b""
+
+
+def _why_no_result(run: Run) -> str:
+    """Of one that ended without an error."""
+    if (found := _summary(run)) and not found[1]:
+        return f"it ended after {found[0]['steps']} steps; only runs that make all of trainer.max_steps are compared."
+    return "it ended without a validation loss; look at trainer.val_check_interval and limit_val_batches."
 
 
 class RunFailed(Exception):
@@ -205,14 +237,9 @@ class Runner:
     def run(self) -> None:
         """Run what is not finished; each run that fails is noted, and tried again in the next call."""
         self.sweep.out.mkdir(parents=True, exist_ok=True)
-        storage = self._storage()  # before .locks: by this file another process knows the folder of a sweep
+        self.check_is_same()
+        storage = self.storage()  # before .locks: by this file another process knows the folder of a sweep
         (self.sweep.out / ".locks").mkdir(exist_ok=True)
-        # Part of the name, and no attribute: a study that another process is making has its name from the start.
-        same = f"options {self.sweep.fingerprint()}"
-        if not all(same in study.study_name for study in optuna.get_all_study_summaries(storage)):
-            raise UserError(
-                f"--out {self.sweep.out}: holds a sweep with other options or another config; give another --out."
-            )
         if done := self.finished():
             print(f"{done} of {len(self.sweep.runs)} runs are finished already")
         space = {axis.name: axis.choices for axis in self.sweep.axes}
@@ -223,10 +250,17 @@ class Runner:
             if not self._todo():
                 return
             sampler = optuna.samplers.GridSampler(space, seed=0)
-            name = f"{json.dumps(space)}, {same}, pass {number}"
+            name = f"{json.dumps(space)}, {self.sweep.mark}, pass {number}"
             study = optuna.create_study(storage=storage, sampler=sampler, study_name=name, load_if_exists=True)
             if not sampler.is_exhausted(study):
                 study.optimize(self._trial, catch=(RunFailed,))
+
+    def check_is_same(self) -> None:
+        """Refuse the folder of a sweep with other options."""
+        if not all(self.sweep.mark in name for name in self.studies()):
+            raise UserError(
+                f"--out {self.sweep.out}: holds a sweep with other options or another config; give another --out."
+            )
 
     def under_way(self) -> list[str]:
         """Runs that another process was at, and has not finished since."""
@@ -234,17 +268,31 @@ class Runner:
 
     def errors(self) -> dict[str, str]:
         """Run -> error line of the newest try, for runs that are not finished."""
-        if not (self.sweep.out / JOURNAL).is_file():
+        if not (names := self.studies()):
             return {}
-        storage = self._storage()
-        names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
+        storage = self.storage()
         trials = [trial for name in names for trial in optuna.load_study(study_name=name, storage=storage).trials]
         trials.sort(key=lambda trial: str(trial.datetime_start))
         found = {t.user_attrs["run"]: t.user_attrs["error"] for t in trials if "error" in t.user_attrs}
         return {n: e for n, e in found.items() if n in self._runs and (n in self.failed or not figures(self._runs[n]))}
 
-    def _storage(self) -> JournalStorage:
-        return JournalStorage(JournalFileBackend(str(self.sweep.out / JOURNAL)))
+    def studies(self) -> list[str]:
+        """Names, of as many passes and grids as there were."""
+        if not (self.sweep.out / JOURNAL).is_file():
+            return []
+        return [study.study_name for study in optuna.get_all_study_summaries(self.storage())]
+
+    def storage(self) -> JournalStorage:
+        file = self.sweep.out / JOURNAL
+        lock = JournalFileSymlinkLock(str(file))
+        if _torn(file):
+            lock.acquire()
+            try:
+                if line := _torn(file):  # still: nobody is writing it
+                    os.truncate(file, file.stat().st_size - len(line))
+            finally:
+                lock.release()
+        return JournalStorage(JournalFileBackend(str(file), lock))
 
     def _todo(self) -> bool:
         tried = self.failed.keys() | self.busy
@@ -268,7 +316,7 @@ class Runner:
             error = self._fit(run, lock) if figures(run) is None else None
         loss = (figures(run) or {}).get("val/loss")
         if loss is None:
-            self.failed[name] = error or "it ended without a validation loss; lower trainer.val_check_interval."
+            self.failed[name] = error or _why_no_result(run)
             trial.set_user_attr("error", self.failed[name])
             raise RunFailed(self.failed[name])
         return float(loss)

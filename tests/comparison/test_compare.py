@@ -16,11 +16,14 @@ from bitnet.comparison.compare import check_comparable, method_of, names_of
 from bitnet.comparison.cost import cost_of
 from bitnet.comparison.documents import Scores, read_documents, score_documents
 from bitnet.comparison.stored import read_all, store
+from bitnet.config import ModelConfig
 from bitnet.data.corpora import Reading
 from bitnet.data.tokenizer import find_eos, train_tokenizer
 from bitnet.errors import UserError
 from bitnet.estimate import count_parameters, flops_per_token
 from bitnet.interchange.opened import Opened
+from bitnet.model import Transformer
+from bitnet.recipes import BitNet
 from tests.commands.test_quantize import FLOAT
 from tests.interchange.conftest import opened_model
 
@@ -177,3 +180,11 @@ def test_names_and_methods() -> None:
     assert method_of({"name": "SmoothQuant", "bits": 8, "group_size": 0, "activation_bits": 8, "level": "o2"}) == (
         "SmoothQuant O2 W8A8"
     )
+
+
+def test_activations_alone_have_no_form_to_be_stored_in(tmp_path: Path, tiny_config: ModelConfig) -> None:
+    model = Transformer(tiny_config)
+    BitNet(weight="none", act_bits=8).prepare(model)
+    with pytest.raises(UserError, match="float weights with quantized activations"):
+        store(model, train_tokenizer(["a b"], 300), {}, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())

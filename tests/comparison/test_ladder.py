@@ -81,6 +81,18 @@ def test_a_tokenizer_in_the_file_of_one_method_moves_no_law() -> None:
     assert ladders(rows(), "bits")["W1.58A8"][0][0] == 2 * 1.2e5
 
 
+def test_points_that_say_nothing_have_no_law(tmp_path: Path) -> None:
+    """Three models of one method fit any law of three numbers; losses that rise with the size fit none."""
+    three = rows()[:3]
+    assert describe(three)[0].endswith("no law (3 models fit any law of 3 numbers; one more size would tell).")
+    assert len(plot_ladders(three, tmp_path)) == 1
+    rising = [dataclasses.replace(r, bits_per_byte=loss) for r, loss in zip(rows(), (1, 1.1, 1.2, 1.4), strict=False)]
+    assert describe(rising) == [
+        f"Bits per byte against {what}: no law (they lie on no power law)."
+        for what in ("weights of the blocks", "bits of all tensors")
+    ]
+
+
 def test_too_few_sizes_have_no_law(tmp_path: Path) -> None:
     few = [r for r in rows() if r.linear_parameters < 5e5]
     assert describe(few) == [] and plot_ladders(few, tmp_path) == []

@@ -106,6 +106,29 @@ def test_a_better_model_is_not_overwritten_after_a_resume(texts, tmp_path, run_f
     assert resumed.check_monitor_top_k(trainer, torch.tensor(loss - 0.01))
 
 
+def test_a_longer_run_that_goes_back_to_float_says_so(texts, tmp_path, run_fit, capsys) -> None:
+    """10 steps, low bits from the fourth on; step 10 of 40 is before the 16th."""
+    late = ("--model.recipe.quantize_from=0.4",)
+    said = "of 40 steps, step 10 is one at which this recipe trains 100% in float; to go on with low bits set"
+    for options, warned in (((), True), (("--model.recipe.quantize_from=0",), False)):
+        run_fit(texts, folder := tmp_path / str(warned), "--trainer.max_steps=10", *late)
+        capsys.readouterr()
+        run_fit(texts, folder, *late, *options, "--trainer.max_steps=40", "--ckpt_path=last")
+        assert (said in capsys.readouterr().err) == warned
+
+
+def test_seconds_are_those_of_the_whole_run(texts, tmp_path, run_fit, capsys) -> None:
+    def seconds() -> float:
+        return json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"]
+
+    run_fit(texts, tmp_path / "run", "--trainer.max_steps=30")
+    first = seconds()
+    for _ in range(2):  # nothing is left to do
+        run_fit(texts, tmp_path / "run", "--trainer.max_steps=30", "--ckpt_path=last")
+        assert seconds() >= first - 0.2 > 0  # the last validation comes behind the last checkpoint
+    assert ", 30 in" in capsys.readouterr().out
+
+
 def test_the_state_of_another_optimizer_is_refused_in_one_line(texts, tmp_path, run_fit, capsys) -> None:
     run_fit(texts, tmp_path / "run", "--trainer.max_steps=2")
     options = ["--model.optim.kind=muon", "--trainer.max_steps=4", "--ckpt_path=last"]

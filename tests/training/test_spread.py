@@ -12,7 +12,10 @@ import torch
 from bitnet.errors import UserError
 from bitnet.layers import low_bit_layers
 from bitnet.loss import next_token_loss
+from bitnet.recipes import BitNet
+from bitnet.training.lit import LitBitNet
 from bitnet.training.parallel import check_split_layer, check_tensor_parallel
+from bitnet.training.strategies import FullySharded
 
 from ..conftest import ROOT
 from ..runs import environment
@@ -191,3 +194,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
     wo.act_bits = 4
     with pytest.raises(UserError, match="act_bits = 4"):
         check_split_layer("layers.0.attention.wo", wo)
+    strategy = FullySharded(tensor_parallel=2)
+    LitBitNet(model.config, BitNet(act4_from=0.9)).check_strategy(strategy)
+    with pytest.raises(UserError, match=r"keep_8bit = \['w2'\]"):
+        LitBitNet(model.config, BitNet(act4_from=0.9, keep_8bit=("w2",))).check_strategy(strategy)

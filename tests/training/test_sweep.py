@@ -1,5 +1,6 @@
 """``bitnet sweep``: real runs of a second each, compared with single ``fit`` runs and with numpy."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,15 +15,22 @@ import pytest
 
 pytest.importorskip("optuna", reason="pip install optuna")
 
+import optuna
+
 from bitnet.__main__ import main
 from bitnet.errors import UserError
-from bitnet.training.sweep import Sweep, parse_grid
+from bitnet.recipes import BitNet
+from bitnet.training.sweep import JOURNAL, Runner, Sweep, parse_grid
 from bitnet.training.sweep_report import Point, best_of, is_geometric, numbers, write_report
 
 from ..conftest import ROOT
 
 LOSS = "val/loss"
 GRID = ("--grid", "model.optim.lr=2e-3,1e-2", "--grid", "model.recipe.weight+model.recipe.act_bits=none+none")
+
+
+class OwnRecipe(BitNet):
+    """In no list of this library."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,8 +108,42 @@ def test_the_same_command_again_runs_nothing_and_a_larger_grid_only_what_is_new(
 
 
 def test_other_options_do_not_mix_with_a_sweep(done, stories, capsys) -> None:
-    assert main(sweep(stories, done, *GRID, "--seeds=2", "--trainer.max_steps=8")) == 2
-    assert f"--out {done}: holds a sweep with other options or another config" in capsys.readouterr().err
+    for report in ([], ["--report"]):
+        assert main(sweep(stories, done, *GRID, "--seeds=2", "--trainer.max_steps=8", *report)) == 2
+        assert f"--out {done}: holds a sweep with other options or another config" in capsys.readouterr().err
+
+
+def test_a_journal_that_a_full_disk_cut_is_read_as_far_as_it_goes(done, tmp_path) -> None:
+    whole = (done / JOURNAL).read_text()
+    (tmp_path / JOURNAL).write_text(whole + '{"op_code":5,"wor')
+    runner = Runner(dataclasses.replace(made("lr=1"), out=tmp_path))
+    before = runner.studies()
+    optuna.create_study(storage=runner.storage(), study_name="the next")
+    assert runner.studies() == [*before, "the next"]
+    assert (tmp_path / JOURNAL).read_text().startswith(whole)
+
+
+def test_why_a_run_has_no_result(stories, tmp_path, capfd) -> None:
+    """One that a callback ends early, one that never validates, and one whose folder has half a config only."""
+    reached = {"monitor": "val/loss", "stopping_threshold": 100.0}
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": reached}
+    stop = f"--trainer.callbacks={json.dumps(stopping)}"
+    grid = ("--grid", "model.optim.lr=2e-3")
+    assert main(sweep(stories, tmp_path / "early", *grid, stop)) == 1
+    assert "it ended after 6 steps; only runs that make all of trainer.max_steps" in capfd.readouterr().out
+    never = tmp_path / "never"
+    (never / "lr=2e-3,seed=0").mkdir(parents=True)
+    (never / JOURNAL).touch()
+    (never / "lr=2e-3,seed=0" / ".config.yaml.1.partial").write_text("mod")
+    assert main(sweep(stories, never, *grid, "--trainer.limit_val_batches=0")) == 1
+    said = capfd.readouterr().out
+    assert "without a validation loss; look at trainer.val_check_interval and limit_val_batches" in said
+
+
+def test_a_recipe_of_somebody_else(stories, tmp_path, capsys) -> None:
+    own = "--model.recipe=tests.training.test_sweep.OwnRecipe"
+    assert main(sweep(stories, tmp_path / "s", "--grid", "model.optim.lr=1e-3", own, "--dry_run")) == 0
+    assert "run 1 of 1" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -200,6 +242,8 @@ def test_commas_in_brackets_and_slashes_in_values() -> None:
     assert [point["betas"] for point in sweep.points[::2]] == ["[0.9,0.95]", "[0.9,0.99]"]
     assert len({run.folder for run in sweep.runs}) == 4
     assert all(run.folder.parent == Path("out") for run in sweep.runs)
+    nested = made('data.path=[{"path":"a","weights":[1,2]},b],c').points
+    assert [point["data.path"] for point in nested] == ['[{"path":"a","weights":[1,2]},b]', "c"]
 
 
 def test_bad_links_are_refused_before_anything_else() -> None:
