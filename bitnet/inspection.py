@@ -60,14 +60,14 @@ def _export_facts(config: ModelConfig) -> dict[str, str]:
     return {f"export {name}": "yes" if why is None else f"no: {why}" for name, why in config.export_obstacles().items()}
 
 
-def _training_memory(parsed: "ParsedConfig", weight: str, act_bits: Any) -> TrainingMemory:
+def _training_memory(parsed: "ParsedConfig", bf16: bool) -> TrainingMemory:
     return training_memory(
         parsed.model,
-        weight=weight,
-        act_bits=act_bits,
+        weight=getattr(parsed.recipe, "weight", "none"),
+        act_bits=getattr(parsed.recipe, "act_bits", "none"),
         rows=parsed.data["batch_size"],
         seq_len=parsed.data["seq_len"],
-        bf16=str(parsed.trainer.get("precision") or "").startswith("bf16"),
+        bf16=bf16,
         optimizer=parsed.optim.kind,
         loss_chunk=parsed.loss_chunk,
         activation_checkpointing=parsed.activation_checkpointing,
@@ -85,7 +85,7 @@ def inspect_config(name: str, overrides: list[str]) -> None:
     act_bits: Any = getattr(recipe, "act_bits", "none")
     counts = count_parameters(config)
     rows, seq_len = data["batch_size"], data["seq_len"]
-    memory = _training_memory(parsed, weight, act_bits)
+    memory = _training_memory(parsed, bf16=str(parsed.trainer.get("precision") or "").startswith("bf16"))
     tokens_per_step = rows * seq_len * (parsed.trainer.get("accumulate_grad_batches") or 1)
     steps = parsed.trainer.get("max_steps") or -1
     facts = {
@@ -139,11 +139,9 @@ def inspect_scaling(
         "utilisation": utilisation,
         "int8": int8,
         "optimizer": parsed.optim.kind,
+        "recomputes": parsed.activation_checkpointing,
     }
-    memory = training_memory(
-        parsed.model, weight=weight, act_bits=getattr(parsed.recipe, "act_bits", "none"), rows=rows, seq_len=seq_len,
-        bf16=True, optimizer=parsed.optim.kind, begins_in_float=parsed.recipe.begins_in_float,
-    )  # fmt: skip
+    memory = _training_memory(parsed, bf16=True)
     ways = ["latent", "levels"] if gather == "both" else [gather]
     found = [
         (way, estimate(parsed.model, memory, devices=n, gather=way, **how))

@@ -91,8 +91,12 @@ def estimate(
     gpu: Gpu = GPUS["h100"],
     utilisation: float = 0.45,
     int8: bool = False,
+    recomputes: bool = False,
 ) -> Estimate:
-    """``rows`` x ``seq_len`` tokens a device and micro-batch; ``memory`` is that of one device alone."""
+    """``rows`` x ``seq_len`` tokens a device and micro-batch; ``memory`` is that of one device alone.
+
+    ``recomputes`` is for activation checkpointing: the blocks' forward once more in backward.
+    """
     counts = count_parameters(config)
     other = counts.total - counts.linear
     share = (devices - 1) / devices
@@ -114,12 +118,16 @@ def estimate(
         need = spread + whole + memory.activations
     else:
         # Two sums of outputs forward, two of gradients backward, float32; embedding and head once each way.
-        sent = 2 * share * 4 * tokens * config.dim * (4 * config.n_layers + 2) * micro_batches
+        sums = (6 if recomputes else 4) * config.n_layers + 2
+        sent = 2 * share * 4 * tokens * config.dim * sums * micro_batches
         need = (memory.weights + memory.gradients + memory.optimizer + memory.quantized + memory.activations) / devices
     if optimizer == "muon" and strategy != "ddp":
         optimizer_sent = share * 2 * 2 * counts.linear / devices
-    low_bit = 6 * counts.linear if int8 else 0
-    per_token = low_bit / gpu.int8 + (flops_per_token(config, seq_len) - low_bit) / gpu.bf16
+    flops, low_bit = flops_per_token(config, seq_len), 6 * counts.linear if int8 else 0
+    if recomputes:
+        flops += flops_per_token(config, seq_len, training=False) - 2 * config.vocab_size * config.dim
+        low_bit = low_bit * 4 // 3
+    per_token = low_bit / gpu.int8 + (flops - low_bit) / gpu.bf16
     compute = micro_batches * tokens * per_token / utilisation / (devices if strategy == "tp" else 1)
     link = gpu.near if devices <= gpu.per_machine else gpu.wide
     total = gathered + reduced + sent + optimizer_sent + scales

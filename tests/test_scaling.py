@@ -53,6 +53,25 @@ def test_a_step_takes_the_longer_of_computing_and_sending() -> None:
     assert of(int8=True).compute_s < of().compute_s
 
 
+def test_recomputed_blocks_cost_a_forward_and_its_sums() -> None:
+    more = of(recomputes=True).compute_s - of().compute_s
+    attention = 2 * 4 * 256 * 128  # causal: half of two products of 128 x 256 in each of four layers
+    assert more == pytest.approx(3 * 256 * (2 * COUNTS.linear + attention) / (989e12 * 0.45))
+    assert of(strategy="tp", recomputes=True).activations_sent == 3 * 2 * 0.75 * 4 * (2 * 128 * 256) * (6 * 4 + 2)
+
+
+def test_settings_that_save_memory_count(tmp_path) -> None:
+    def found(*options: str) -> dict[str, float]:
+        assert main(["inspect", "ternary_125m", "--devices", "8", "--json", str(tmp_path / "a.json"), *options]) == 0
+        return json.loads((tmp_path / "a.json").read_text())["estimates"][0]
+
+    plain, chunked = found(), found("--model.loss_chunk", "256")
+    # 8 x 2048 tokens, logits of 32,000 numbers: three in float32 and one in bf16; what the head reads has a gradient.
+    assert plain["memory"] - chunked["memory"] == (8 * 2048 - 256) * 32000 * 14 - 8 * 2048 * 4 * 768
+    recomputed = found("--model.activation_checkpointing", "true")
+    assert recomputed["memory"] < plain["memory"] and recomputed["compute_s"] > 1.2 * plain["compute_s"]
+
+
 def test_command(tmp_path, capsys) -> None:
     file = tmp_path / "a.json"
     assert main(["inspect", "ternary_1b", "--devices", "8,64", "--json", str(file)]) == 0
