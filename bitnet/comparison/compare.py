@@ -21,6 +21,7 @@ from bitnet.data.corpora import Reading
 from bitnet.errors import UserError
 from bitnet.estimate import count_parameters
 from bitnet.interchange.opened import Opened, open_model
+from bitnet.layers import BitLinear
 from bitnet_kernels.bench import describe_device
 
 Progress = Callable[[str, int, int], None]
@@ -82,7 +83,11 @@ def method_of(recipe: dict[str, Any]) -> str:
 
 
 def check_comparable(models: Sequence[tuple[str, Opened]]) -> None:
-    """Perplexity needs one tokenizer. Raises ``UserError`` for models with different ones."""
+    """Raises ``UserError`` for different tokenizers, since perplexity needs one, and for what no file could hold."""
+    for name, opened in models:
+        layers = (layer for layer in opened.model.modules() if isinstance(layer, BitLinear))
+        if any(layer.weight_kind == "none" for layer in layers):
+            raise UserError(f"{name}: has float weights with quantized activations, which are stored in no form.")
     first = models[0][1].tokenizer.get_vocab()
     for name, opened in models[1:]:
         if opened.tokenizer.get_vocab() != first:

@@ -15,7 +15,6 @@ import torch
 from tokenizers import Tokenizer
 
 from bitnet.config import ModelConfig
-from bitnet.errors import UserError
 from bitnet.estimate import count_parameters
 from bitnet.inference.bench import serving_speed
 from bitnet.inference.files import load_packed, save_packed
@@ -23,7 +22,7 @@ from bitnet.inference.header import read_header
 from bitnet.inference.packed_linear import HeadDtype
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import pack
-from bitnet.layers import BitLinear, low_bit_layers, quantized_layers
+from bitnet.layers import low_bit_layers, quantized_layers
 from bitnet.model import Transformer, without_memory
 from bitnet.tensor_file import TensorFile, layout, write
 
@@ -52,10 +51,6 @@ def is_low_bit(model: Transformer) -> bool:
 def store(model: Transformer, tokenizer: Tokenizer, recipe: dict[str, Any], file: Path) -> tuple[Stored, Transformer]:
     """Write ``model`` to ``file`` in the form that it is stored in; also returns the model that is then served."""
     config = model.config
-    if any(isinstance(layer, BitLinear) and layer.weight_kind == "none" for layer in model.modules()):
-        raise UserError(
-            "float weights with quantized activations (weight: none, act_bits: 8) have no form to be stored in."
-        )
     if is_low_bit(model):
         packed = model if isinstance(model, PackedTransformer) else pack(model, head=HEAD)
         save_packed(packed, tokenizer, file, recipe=recipe)

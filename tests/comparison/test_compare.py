@@ -154,6 +154,15 @@ def test_models_of_two_tokenizers_are_refused() -> None:
         check_comparable([("a", one), ("b", other)])
 
 
+def test_float_weights_with_quantized_activations_are_refused(tiny_config: ModelConfig) -> None:
+    """They would be stored, and served, without the quantizers they were trained with."""
+    model = Transformer(tiny_config)
+    BitNet(weight="none", act_bits=8).prepare(model)
+    odd = Opened(model=model, tokenizer=opened_model().tokenizer)
+    with pytest.raises(UserError, match="b: has float weights with quantized activations"):
+        check_comparable([("a", opened_model()), ("b", odd)])
+
+
 def test_costs_follow_the_parents(float_run: Path, tmp_path: Path) -> None:
     config = load_checkpoint(float_run)[0].config
     child, grandchild = tmp_path / "child", tmp_path / "grandchild"
@@ -180,11 +189,3 @@ def test_names_and_methods() -> None:
     assert method_of({"name": "SmoothQuant", "bits": 8, "group_size": 0, "activation_bits": 8, "level": "o2"}) == (
         "SmoothQuant O2 W8A8"
     )
-
-
-def test_activations_alone_have_no_form_to_be_stored_in(tmp_path: Path, tiny_config: ModelConfig) -> None:
-    model = Transformer(tiny_config)
-    BitNet(weight="none", act_bits=8).prepare(model)
-    with pytest.raises(UserError, match="float weights with quantized activations"):
-        store(model, train_tokenizer(["a b"], 300), {}, tmp_path / "m.safetensors")
-    assert not list(tmp_path.iterdir())
