@@ -11,7 +11,7 @@ Every key of the YAML files is an option. See README.md.
 
 import sys
 
-from bitnet.training.cli import main
+from bitnet.__main__ import train
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train(sys.argv[1:]))

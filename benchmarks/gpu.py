@@ -61,7 +61,7 @@ def decode_whole_model(out: Path, dry: bool) -> dict[str, Any]:
     import torch
 
     from bitnet.config import ModelConfig
-    from bitnet.generate import prefill
+    from bitnet.generation import prefill
     from bitnet.graph import GraphDecoder
     from bitnet.inference.bench import random_packed
     from bitnet.model import Transformer, without_memory

@@ -21,9 +21,17 @@ from bitnet.errors import UserError, did_you_mean, of_the_machine
 
 def fit(args: list[str]) -> int:
     """Train (see ``bitnet fit --help``)."""
-    from bitnet.training.cli import main as fit_main
+    return train(["fit", *args] if args else [])
 
-    return fit_main(["fit", *args] if args else [])
+
+def train(args: list[str]) -> int:
+    """What train.py does with its arguments."""
+    try:
+        from bitnet.training.cli import main as train_main  # seconds, in which somebody may press Ctrl-C
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return train_main(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

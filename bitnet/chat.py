@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bitnet.chat_template import Message, check_template, render
 from bitnet.errors import UserError
-from bitnet.generate import Sampling, TextStream, generate_tokens
+from bitnet.generation import Sampling, TextStream, generate_tokens
 from bitnet.model import Transformer
 
 if TYPE_CHECKING:

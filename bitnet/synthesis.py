@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from bitnet.errors import UserError
-from bitnet.generate import Sampling, generate_batch
+from bitnet.generation import Sampling, generate_batch
 from bitnet.model import Transformer
 
 GREEDY_TOKENS = (3, 4, 5)

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: style, types, layers, and what an import does."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import bitnet
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +41,10 @@ PROBE = """
 import json, os, socket, subprocess, sys, time
 def forbidden(*args, **kwargs): raise AssertionError("socket or process at import")
 socket.socket.connect = socket.create_connection = subprocess.Popen.__init__ = os.system = forbidden
-start = time.perf_counter(); import torch; middle = time.perf_counter(); import bitnet; end = time.perf_counter()
+start = time.perf_counter(); import torch; middle = time.perf_counter(); import bitnet
+for name in dir(bitnet):
+    if name not in ("LitBitNet", "TokenDataModule"): getattr(bitnet, name)
+end = time.perf_counter()
 names = ("triton", "lightning", "datasets", "transformers", "matplotlib", "tensorboard")
 print(json.dumps({
     "torch": middle - start, "bitnet": end - middle, "cuda": torch.cuda.is_initialized(),
@@ -66,6 +72,27 @@ assert not torch.cuda.is_initialized()
 assert torch.cuda.is_available() or "triton" not in sys.modules
 raise SystemExit(code)
 """
+
+
+def test_the_command_is_there_before_torch() -> None:
+    loaded = run("-c", "import sys, bitnet.__main__; print(*sys.modules)").split()
+    assert "bitnet.commands.sweep" in loaded and not {"torch", "numpy", "lightning"} & set(loaded)
+
+
+def test_every_name_of_the_package_is_where_it_says() -> None:
+    """As a type checker sees them, and as ``from bitnet import ...`` finds them."""
+    tree = ast.parse((ROOT / "bitnet" / "__init__.py").read_text())
+    typed = {
+        alias.asname: (node.module, alias.name)
+        for branch in tree.body if isinstance(branch, ast.If)
+        for node in branch.body if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }  # fmt: skip
+    assert len(typed) == 20 and set(typed) <= set(dir(bitnet))
+    for name, (module, original) in typed.items():
+        assert getattr(bitnet, name) is getattr(importlib.import_module(str(module)), original)
+    with pytest.raises(AttributeError, match="no attribute 'Transfomer'"):
+        _ = bitnet.Transfomer
 
 
 def test_a_cpu_run_opens_no_connection_no_cuda_context_and_imports_no_triton(stories, tmp_path) -> None:

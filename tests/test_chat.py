@@ -15,7 +15,7 @@ from bitnet.data.datamodule import TokenDataModule
 from bitnet.data.tokenizer import train_tokenizer
 from bitnet.data.tokens import UNSAID
 from bitnet.errors import UserError
-from bitnet.generate import Sampling
+from bitnet.generation import Sampling
 from bitnet.interchange.opened import open_model
 from bitnet.loss import IGNORE, next_token_loss
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from bitnet.__main__ import main as bitnet
+from bitnet.__main__ import train
 from bitnet.training.cli import main as fit
 from bitnet.training.run_folder import find_run, is_first_process, new_run_folder, run_family
 
@@ -49,6 +50,22 @@ def test_missing_data(capsys, tmp_path) -> None:
 )
 def test_other_commands(capsys, args, message) -> None:
     assert message in error_of(capsys, bitnet(args))
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys) -> None:
+    """They take seconds. An import that is interrupted raises from its finder as well as from anywhere else."""
+
+    class Interrupted:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "bitnet.training.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "bitnet.training.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
+    for command in (lambda: bitnet(["fit", "--config", "tiny"]), lambda: train([])):
+        assert command() == 128 + signal.SIGINT
+        assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_debug_shows_the_traceback(tmp_path) -> None:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
-from bitnet.generate import (
+from bitnet.generation import (
     Sampling,
     TextStream,
     decode_one_token,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitnet.errors import UserError
-from bitnet.generate import Sampling, generate_tokens
+from bitnet.generation import Sampling, generate_tokens
 from bitnet.synthesis import GREEDY_TOKENS, synthesize
 from tests.recipes.conftest import random_model
 

@@ -12,7 +12,7 @@ from bitnet.errors import UserError
 from bitnet.option_checks import check_device, check_folder, set_threads
 
 if TYPE_CHECKING:
-    from bitnet.generate import Sampling
+    from bitnet.generation import Sampling
     from bitnet.interchange.opened import Opened
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -46,7 +46,7 @@ def generate(args: argparse.Namespace) -> None:
     """Continue one prompt or several, or chat."""
     import torch
 
-    from bitnet.generate import Sampling, stream_batch
+    from bitnet.generation import Sampling, stream_batch
     from bitnet.interchange.opened import open_model
 
     if args.max_new_tokens < 1:

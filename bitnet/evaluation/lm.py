@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitnet.data.tokenizer import find_eos
 from bitnet.errors import UserError
-from bitnet.generate import Sampling, stream_batch
+from bitnet.generation import Sampling, stream_batch
 from bitnet.model import Transformer
 
 Request = tuple[Any, list[int], list[int]]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
-from bitnet.generate import decoder_of, prefill
+from bitnet.generation import decoder_of, prefill
 from bitnet.inference.files import load_packed, place
 from bitnet.inference.header import read_header
 from bitnet.inference.packed_linear import HeadDtype, LayerForm, PackedLinear

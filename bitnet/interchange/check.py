@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bitnet.errors import UserError
-from bitnet.generate import Sampling, generate_tokens
+from bitnet.generation import Sampling, generate_tokens
 from bitnet.interchange import read_by_ik_llama_cpp, read_by_llama_cpp, read_by_transformers
 from bitnet.interchange.opened import Opened
 from bitnet.interchange.parts import without_activation_quantization

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitnet.checkpoint import damage
 from bitnet.data.tokens import UNSAID
-from bitnet.generate import Sampling, generate_tokens
+from bitnet.generation import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
 from bitnet.layers.sharding import share_scales
 from bitnet.training.atomic import LAST, copy_atomically

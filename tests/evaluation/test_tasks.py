@@ -15,7 +15,7 @@ from bitnet.errors import UserError
 from bitnet.evaluation.lm import BitNetLM
 from bitnet.evaluation.published import MODELS, of_the_same_size
 from bitnet.evaluation.tasks import find_task, run_tasks, task_of_lines
-from bitnet.generate import generate
+from bitnet.generation import generate
 from bitnet.interchange.opened import open_model
 
 CHOICES = [

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from bitnet.generate import prefill
+from bitnet.generation import prefill
 from bitnet.graph import GraphDecoder
 from bitnet.inference.packing import pack
 from tests.inference.conftest import low_bit_model

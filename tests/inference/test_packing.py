@@ -8,7 +8,7 @@ from torch import nn
 
 from bitnet.checkpoint import load_checkpoint, weights_digest
 from bitnet.errors import UserError
-from bitnet.generate import Sampling, generate_batch
+from bitnet.generation import Sampling, generate_batch
 from bitnet.inference.files import load_packed, save_packed
 from bitnet.inference.packed_linear import PackedLinear
 from bitnet.inference.packing import pack

@@ -17,7 +17,7 @@ from transformers.integrations.bitnet import pack_weights, unpack_weights
 from bitnet import BitNet, Transformer
 from bitnet.chat_template import PLAIN_TEMPLATE
 from bitnet.errors import UserError
-from bitnet.generate import Sampling, generate_tokens
+from bitnet.generation import Sampling, generate_tokens
 from bitnet.inference.files import save_packed
 from bitnet.inference.packing import pack
 from bitnet.interchange import check, hf_export

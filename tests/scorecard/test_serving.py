@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitnet.checkpoint import load_checkpoint
-from bitnet.generate import Sampling, generate_tokens
+from bitnet.generation import Sampling, generate_tokens
 from bitnet.inference.packed_linear import PackedLinear
 from bitnet.inference.packing import pack
 from bitnet.layers import BitLinear, low_bit_layers
