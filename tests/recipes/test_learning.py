@@ -45,6 +45,7 @@ def test_blocks_then_scales(parent: Transformer) -> None:
     assert found["efficient_qat"] < found["peqa"] < found["rtn"]
 
 
+@pytest.mark.slow
 def test_text_of_its_own(parent: Transformer) -> None:
     found = toy.llm_qat(parent, 0)
     hybrid = found["hybrid_soft"]
