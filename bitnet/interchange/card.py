@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bitnet.estimate import count_parameters
 from bitnet.interchange.check import Report
 from bitnet.interchange.opened import Opened
@@ -49,11 +51,12 @@ FORM_REMARKS = {
 
 
 def _facts_of_run(source: Path) -> dict[str, Any]:
-    file = source / "summary.json"
-    if not file.is_file():
+    file, settings = source / "summary.json", source / "config.yaml"
+    if not file.is_file() or not settings.is_file():
         return {}
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return facts
+    config = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    return facts | {"seed": config["seed_everything"], "parent": config["model"]["init_from"]}
 
 
 def _training(facts: dict[str, Any]) -> list[str]:
@@ -64,6 +67,8 @@ def _training(facts: dict[str, Any]) -> list[str]:
     rows = [
         ("data", f"{names}: {nbytes:,} bytes, {tokens:,} tokens; sha256 {', '.join(h[:12] for h in data['sha256'])}"),
         ("steps", f"{facts['steps']:,} in {facts['seconds']:,.0f} s"),
+        ("begun with", f"`{facts['parent']}`" if facts["parent"] else "random weights"),
+        ("seed", f"{facts['seed']}"),
     ]
     if "val/loss" in figures:
         loss = f"{figures['val/loss']:.4f} nats per token, {figures['val/bpb']:.4f} bits per byte"

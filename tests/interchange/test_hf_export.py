@@ -285,6 +285,7 @@ def test_the_command_writes_a_folder_with_a_card(trained, tmp_path, capsys) -> N
         "![Bits per byte",
         "bits per parameter",
         "80 in",
+        "| begun with | random weights |\n| seed | 0 |",
         'from_pretrained("hf")',
     ):
         assert words in card
