@@ -3,37 +3,47 @@
     python benchmarks/arena.py --novels DIR [--rows a,b] [--seeds 3] [--runs DIR] [--test] [--out benchmarks/results]
     python benchmarks/arena.py --novels DIR --ladder [--rows a,b] [--runs DIR] [--out benchmarks/results]
     python benchmarks/arena.py --novels DIR --trials FILE [--runs DIR] [--out benchmarks/results]
+    python benchmarks/arena.py --novels DIR [--also TEXT ...] --prepare FOLDER       # then, on a GPU:
+    python benchmarks/arena.py --arena l --novels FOLDER [--rows a,b] [--seeds 3] [--test] [--out benchmarks/results]
 
 ``DIR`` holds the corpus computationalstylistics/100_english_novels, one .txt.xz for each book. Every run trains on
 twelve of them by ``bitnet fit`` on one thread, in ``--runs``; finished ones are kept. Then every model is packed,
 proven to have the logits it had, and scored as packed on two other books. Choices are made by those; ``--test`` adds
 the column of two more that were named before any run: it is for the end. ``--trials`` runs what a YAML file or
 a result of former trials lists: one seed, half as long, to find what is worth a row.
+
+Arena L is 29 M weights and all books but those four, and other text, tokenized beforehand by ``--prepare`` (45 MB): a
+minute or so of a large GPU for each run. ``--smoke`` runs everything for four steps of a toy, on any machine.
 """
 
 import argparse
 import datetime
 import json
 import lzma
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from tokenizers import Tokenizer
 
 from bitnet.checkpoint import load_checkpoint
 from bitnet.data.corpora import Reading
 from bitnet.errors import UserError
 from bitnet.evaluation.perplexity import evaluate_text
+from bitnet.generation import generate
 from bitnet.inference.files import load_packed, save_packed
 from bitnet.inference.packing import pack
 from bitnet.layers import low_bit_layers
+from bitnet.model import Transformer
 from bitnet.training.changes import flat
 from bitnet.training.cli import plain_config
 
@@ -46,30 +56,60 @@ TRAIN = (
 VALIDATION = ("Doyle_Hound_1902", "Trollope_Warden_1855")
 TEST = ("Stevenson_Catriona_1893", "Gissing_Women_1893")
 
-FLOAT = {"model.recipe.weight": "none", "model.recipe.act_bits": "none", "model.schedule.weight_decay_until": 1.0}
-ADAMW = {"model.config.init_std": 0.09}  # dim ** -0.5; Muon does better with 0.02 (docs/recipes/pretraining.md)
-PLAIN = {  # Microsoft's training tips; rate and initial deviation are the best of seven (600 steps)
-    **ADAMW,
-    "model.schedule.kind": "two_stage", "model.schedule.weight_decay_until": 0.5, "model.optim.weight_decay": 0.1,
-    "model.optim.betas": "[0.9, 0.95]", "model.optim.lr": 8e-3,
-}  # fmt: skip
-MUON = {
-    "model.optim.kind": "muon", "model.optim.lr": 1.6e-2,
-    "model.schedule.kind": "wsd", "model.schedule.decay_fraction": 0.5,
-}  # fmt: skip
-BINARY = {"model.recipe.weight": "binary"}
-LATE = {"model.recipe.quantize_from": 0.4, "model.recipe.quantizer_warmup": 240}  # blended in up to 60 %
 
-ROWS: dict[str, dict[str, Any]] = {
-    "float": {**FLOAT, **MUON},
-    "plain b1.58": PLAIN,
-    "our ternary": {**MUON, **LATE},
-    "plain b1": {**PLAIN, **BINARY},
-    "our binary": {**MUON, **LATE, **BINARY},
-    "float with AdamW": {**FLOAT, **ADAMW, "model.optim.lr": 4e-3},
-    "ternary from the start": MUON,
+@dataclass(frozen=True, kw_only=True)
+class Arena:
+    """Rates and the start of an arena; sizes, tokens and the rest stand in ``benchmarks/arena/NAME.yaml``."""
+
+    muon_rate: float
+    adamw_rate: float
+    """Of the plain low-bit recipes."""
+    adamw_float_rate: float
+    init_std: float
+    """For AdamW, ``dim ** -0.5``; Muon does better with 0.02 (docs/recipes/pretraining.md)."""
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Options of ``bitnet fit`` on top of the YAML file, by the name of the row."""
+        to_float = {
+            "model.recipe.weight": "none", "model.recipe.act_bits": "none", "model.schedule.weight_decay_until": 1.0,
+        }  # fmt: skip
+        muon = {
+            "model.optim.kind": "muon", "model.optim.lr": self.muon_rate,
+            "model.schedule.kind": "wsd", "model.schedule.decay_fraction": 0.5,
+        }  # fmt: skip
+        ours = {**muon, "model.recipe.quantize_from": 0.4, "model.recipe.quantizer_warmup": 0.2}
+        adamw = {"model.config.init_std": self.init_std}
+        plain = {  # Microsoft's training tips
+            **adamw,
+            "model.schedule.kind": "two_stage", "model.schedule.weight_decay_until": 0.5,
+            "model.optim.weight_decay": 0.1, "model.optim.betas": "[0.9, 0.95]", "model.optim.lr": self.adamw_rate,
+        }  # fmt: skip
+        binary = {"model.recipe.weight": "binary"}
+        return {
+            "float": {**to_float, **muon},
+            "plain b1.58": plain,
+            "our ternary": ours,
+            "plain b1": {**plain, **binary},
+            "our binary": {**ours, **binary},
+            "float with AdamW": {**to_float, **adamw, "model.optim.lr": self.adamw_float_rate},
+            "ternary from the start": muon,
+        }
+
+
+ARENAS = {
+    # plain: rate and initial deviation are the best of seven (600 steps)
+    "s": Arena(muon_rate=1.6e-2, adamw_rate=8e-3, adamw_float_rate=4e-3, init_std=0.09),
+    # the rate of ternary_30m; that of QuEST's 30M row for all three kinds of weights under AdamW
+    "l": Arena(muon_rate=2.4e-3, adamw_rate=1.2e-3, adamw_float_rate=1.2e-3, init_std=0.04),
 }
-"""Options of ``bitnet fit`` on top of s.yaml, by the name of the row."""
+SMOKE = {
+    "model.config.dim": 64, "model.config.n_layers": 2, "model.config.n_heads": 2, "model.config.ffn_dim": 128,
+    "data.seq_len": 32, "data.batch_size": 2, "trainer.max_steps": 4, "trainer.val_check_interval": 4,
+    "trainer.accelerator": "cpu", "trainer.precision": "32-true", "model.schedule.warmup_steps": 1,
+}  # fmt: skip
+"""Options under which a run of either arena takes seconds, and means nothing."""
+
 
 LADDER = ("float", "our ternary")
 """Rows that are compared at several widths unless ``--rows`` says others."""
@@ -92,16 +132,34 @@ def check_options(folder: Path, options: list[str]) -> None:
             raise UserError(f"{folder}: was trained with {key} = {found[key]}, not {value}; give another --runs.")
 
 
-def train(options: dict[str, Any], novels: Path, folder: Path) -> dict[str, Any]:
+def text_of(novels: Path, arena: str) -> dict[str, str]:
+    """What a run reads: twelve books and two, or tokens that were prepared from all of them."""
+    if arena == "s":
+        return {"data.path": json.dumps(books(novels, TRAIN)), "data.val_path": json.dumps(books(novels, VALIDATION))}
+    if not (novels / "tokens").is_dir():
+        raise SystemExit(f"error: {novels}: no tokens in it; arena L takes a folder that --prepare has made.")
+    return {"data.path": str(novels / "tokens")}
+
+
+def prepare(novels: Path, also: list[Path], folder: Path) -> None:
+    """Make ``folder`` with tokens of all books but those held out (and of ``also``), and with the books held out."""
+    held_out = books(novels, VALIDATION + TEST)
+    rest = sorted(str(book) for book in novels.glob("*.txt.xz") if str(book) not in held_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [*(f"--data.path={text}" for text in (*rest, *also))]
+    texts += [f"--data.val_path={book}" for book in books(novels, VALIDATION)]
+    command = [sys.executable, "-m", "bitnet", "prepare", *texts, "--data.vocab_size=8192", f"--out={folder}/tokens"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for book in held_out:
+        shutil.copy(book, folder)
+
+
+def train(options: dict[str, Any], novels: Path, folder: Path, arena: str = "s") -> dict[str, Any]:
     """The summary of a run; one that is finished is not run again, one that was stopped goes on."""
     summary = folder / "summary.json"
-    given = {
-        "data.path": json.dumps(books(novels, TRAIN)),
-        "data.val_path": json.dumps(books(novels, VALIDATION)),
-        "trainer.default_root_dir": folder,
-        **options,
-    }
-    arguments = ["--config", str(ROOT / "benchmarks/arena/s.yaml"), *(f"--{key}={v}" for key, v in given.items())]
+    given = {**text_of(novels, arena), "trainer.default_root_dir": folder, **options}
+    config = str(ROOT / f"benchmarks/arena/{arena}.yaml")
+    arguments = ["--config", config, *(f"--{key}={v}" for key, v in given.items())]
     if (folder / "config.yaml").is_file():
         check_options(folder, arguments)
     if not summary.is_file():
@@ -110,26 +168,33 @@ def train(options: dict[str, Any], novels: Path, folder: Path) -> dict[str, Any]
             command.append("--ckpt_path=last")
         elif folder.exists():
             command.append("--overwrite")  # stopped before its first checkpoint
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        one_thread = {"OMP_NUM_THREADS": "1"} if arena == "s" else {}
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **one_thread}, check=True)
     return dict(json.loads(summary.read_text(encoding="utf-8")))
 
 
 @torch.inference_mode()
-def score(folder: Path, novels: Path, names: tuple[str, ...]) -> dict[str, float]:
-    """Nats per token and bits per byte of the packed model (a float one as it is), which must equal the trained one."""
+def served(folder: Path) -> tuple[Transformer, Tokenizer]:
+    """The packed model (a float one as it is), which must have the logits that were trained."""
     model, tokenizer = load_checkpoint(folder)
-    if low_bit_layers(model):
-        with tempfile.TemporaryDirectory() as scratch:
-            save_packed(pack(model), tokenizer, Path(scratch) / "packed.safetensors")
-            packed, _ = load_packed(Path(scratch) / "packed.safetensors")
-        tokens = torch.randint(model.config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
-        assert torch.equal(model(tokens), packed(tokens)), f"{folder}: the packed model has other logits"
-        model = packed
+    if not low_bit_layers(model):
+        return model, tokenizer
+    with tempfile.TemporaryDirectory() as scratch:
+        save_packed(pack(model), tokenizer, Path(scratch) / "packed.safetensors")
+        packed, _ = load_packed(Path(scratch) / "packed.safetensors")
+    size = (4, model.config.max_seq_len)
+    tokens = torch.randint(model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens), packed(tokens)), f"{folder}: the packed model has other logits"
+    return packed, tokenizer
+
+
+def score(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
+    """Nats per token and bits per byte of all ``texts`` together."""
     nats = tokens_read = text_bytes = 0.0
-    for book in books(novels, names):
-        found = evaluate_text(model, tokenizer, book, Reading()).score
+    for text in texts:
+        found = evaluate_text(model, tokenizer, text, Reading()).score
         nats, tokens_read, text_bytes = nats + found.nats, tokens_read + found.tokens, text_bytes + found.text_bytes
-    return {"nats_per_token": nats / tokens_read, "bits_per_byte": nats / text_bytes / 0.6931471805599453}
+    return {"nats_per_token": nats / tokens_read, "bits_per_byte": nats / text_bytes / math.log(2)}
 
 
 def spread(values: list[float]) -> str:
@@ -163,9 +228,11 @@ def trials(file: Path, novels: Path, runs: Path, out: Path | None) -> None:
     """Train each of ``runs`` in ``file`` on seed 0 and write them down, in that order, with what they reached.
 
     A run is its ``options`` on top of s.yaml and a ``name``; ``{NAME}`` in a value is the folder of that run.
+    ``steps`` of the file are those of each run.
     """
-    listed = yaml.safe_load(file.read_text(encoding="utf-8"))["runs"]
-    steps = {"trainer.max_steps": 600, "trainer.val_check_interval": 600, "seed_everything": 0, "data.seed": 0}
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    listed, count = content["runs"], content.get("steps", 600)
+    steps = {"trainer.max_steps": count, "trainer.val_check_interval": count, "seed_everything": 0, "data.seed": 0}
     folders, done = {}, []
     for number, run in enumerate(listed):
         name = run.get("name", f"{file.stem}_{number}")
@@ -180,17 +247,21 @@ def trials(file: Path, novels: Path, runs: Path, out: Path | None) -> None:
     for run in sorted(done, key=lambda run: run["val_nats_per_token"]):
         print(f"{run['val_nats_per_token']:8.4f}  {run['name']}")
     if out:
-        write(out / f"arena_s_{file.stem.partition('_cpu_')[0].removeprefix('arena_s_')}", {"steps": 600, "runs": done})
+        name = f"arena_s_{file.stem.partition('_cpu_')[0].removeprefix('arena_s_')}"
+        write(out / name, {"steps": count, "seed": 0, "runs": done})
 
 
 def write(name: Path, result: dict[str, Any]) -> None:
     """``result`` as JSON with date, commit and torch, in a new file of today."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     head = {"date": str(datetime.date.today()), "commit": commit.stdout.strip(), "torch": torch.__version__}
-    file, number = name.with_name(f"{name.name}_cpu_{head['date']}.json"), 1
+    if torch.cuda.is_available():
+        head["device"] = torch.cuda.get_device_name()
+    stem = f"{name.name}_{'gpu' if torch.cuda.is_available() else 'cpu'}_{head['date']}"
+    file, number = name.with_name(f"{stem}.json"), 1
     while file.exists():
         number += 1
-        file = name.with_name(f"{name.name}_cpu_{head['date']}_{number}.json")
+        file = name.with_name(f"{stem}_{number}.json")
     file.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -200,8 +271,10 @@ def ladder(names: list[str], novels: Path, runs: Path, out: Path | None) -> None
     for name in names:
         for width, changes in WIDTHS.items():
             folder = runs / f"{name.replace(' ', '_')}_{0 if width == 128 else f'dim{width}'}"  # 128 is s.yaml's
-            sizes = {"dim": width, "n_heads": width // 32, "ffn_dim": 3 * width}
-            options = {**ROWS[name], **changes, **{f"model.config.{key}": value for key, value in sizes.items()}}
+            sizes = {
+                "model.config.dim": width, "model.config.n_heads": width // 32, "model.config.ffn_dim": 3 * width,
+            }  # fmt: skip
+            options = {**ARENAS["s"].rows[name], **changes, **sizes}
             train({"seed_everything": 0, "data.seed": 0, **options}, novels, folder)
             folders.append(str(folder))
     with tempfile.TemporaryDirectory() as scratch:
@@ -218,45 +291,65 @@ def ladder(names: list[str], novels: Path, runs: Path, out: Path | None) -> None
         print((report / "report.md").read_text(encoding="utf-8"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--novels", type=Path, required=True)
-    parser.add_argument("--rows", help="names with commas between them (default: all)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, default=Path("runs/arena"))
-    parser.add_argument("--test", action="store_true")
-    parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
-    parser.add_argument("--trials", type=Path, metavar="FILE")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    for name in ("novels", "runs", "out"):  # runs are made in another working directory
-        if given := getattr(args, name):
-            setattr(args, name, given.resolve())
-    torch.set_num_threads(1)
-    if args.trials:
-        trials(args.trials, args.novels, args.runs, args.out)
-        return
-    chosen = args.rows.split(",") if args.rows else list(LADDER if args.ladder else ROWS)
-    if args.ladder:
-        ladder(chosen, args.novels, args.runs, args.out)
-        return
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+def compare(args: argparse.Namespace, names: list[str]) -> None:
+    """The table: every row with every seed, packed and scored."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in range(args.seeds):  # the seeds outside, so that a table of fewer is there early
-        for name in chosen:
+        for name in names:
             folder = args.runs / f"{name.replace(' ', '_')}_{seed}"
-            options = {"seed_everything": seed, "data.seed": seed, **ROWS[name]}
-            summary = train(options, args.novels, folder)
+            options = {"seed_everything": seed, "data.seed": seed, **ARENAS[args.arena].rows[name]}
+            summary = train({**options, **(SMOKE if args.smoke else {})}, args.novels, folder, args.arena)
             run = {"seed": seed, "options": {k: str(v) for k, v in options.items()}, "seconds": summary["seconds"]}
             run["tokens_per_s"] = summary["figures"]["perf/tokens_per_s"]
-            run["validation"] = score(folder, args.novels, VALIDATION)
-            run["test"] = score(folder, args.novels, TEST) if args.test else None
+            model, tokenizer = served(folder)
+            model.to(device)
+            run["validation"] = score(model, tokenizer, books(args.novels, VALIDATION))
+            run["test"] = score(model, tokenizer, books(args.novels, TEST)) if args.test else None
+            run["sample"] = generate(model, tokenizer, "The ", max_new_tokens=60)
             found[name].append(run)
             print(f"{name}, seed {seed}: {run['validation']['nats_per_token']:.4f} nats per token", flush=True)
+            print(f"  {' '.join(run['sample'].split())}", flush=True)
     text = table(found, args.test)
     print(text)
     if args.out:
-        given = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-        write(args.out / "arena_s", {**given, "rows": found, "table": text.splitlines()})
+        given = {"validation": VALIDATION, "test": TEST} | ({"train": TRAIN} if args.arena == "s" else {})
+        write(args.out / f"arena_{args.arena}", {**given, "rows": found, "table": text.splitlines()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--novels", type=Path, required=True)
+    parser.add_argument("--arena", choices=tuple(ARENAS), default="s")
+    parser.add_argument("--rows", help="names with commas between them (default: all)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/arena, runs/arena_l)")
+    parser.add_argument("--test", action="store_true")
+    parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
+    parser.add_argument("--trials", type=Path, metavar="FILE")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="tokenize the text of arena L, once")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="TEXT", help="with --prepare: more text")
+    parser.add_argument("--smoke", action="store_true", help="four steps of a toy: does everything run?")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.runs = args.runs or Path("runs/arena" if args.arena == "s" else "runs/arena_l")
+    for name in ("novels", "runs", "out", "prepare"):  # runs are made in another working directory
+        if given := getattr(args, name):
+            setattr(args, name, given.resolve())
+    rows = ARENAS[args.arena].rows
+    chosen = args.rows.split(",") if args.rows else list(LADDER if args.ladder else rows)
+    if unknown := [name for name in chosen if name not in rows]:
+        raise SystemExit(f"error: --rows {unknown[0]}: must be some of {', '.join(rows)}.")
+    if args.arena == "s":
+        torch.set_num_threads(1)
+    if args.prepare:
+        prepare(args.novels, [path.resolve() for path in args.also], args.prepare)
+    elif args.trials:
+        trials(args.trials, args.novels, args.runs, args.out)
+    elif args.ladder:
+        ladder(chosen, args.novels, args.runs, args.out)
+    else:
+        compare(args, chosen)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """Everything that wants a GPU, in one call of less than ten minutes: tests, kernels, a whole model and its bf16 twin.
 
-    python benchmarks/gpu.py --out benchmarks/results            # on a machine with CUDA
-    python benchmarks/gpu.py --out /tmp/dry --dry_run            # anywhere: the same steps, small, on the CPU
+    python benchmarks/gpu.py --out benchmarks/results [--arena FOLDER]     # on a machine with CUDA
+    python benchmarks/gpu.py --out /tmp/dry --dry_run [--arena FOLDER]     # anywhere: the same steps, small, on the CPU
 
 Each step writes its own file and says how it ended; a step that fails does not stop the others, but the exit code is 1.
-Needs torch, triton, numpy, rich, matplotlib, tokenizers and pytest with hypothesis; no network.
+Needs torch, triton, numpy, rich, matplotlib, tokenizers and pytest with hypothesis; no network. ``--arena`` takes a
+folder that ``benchmarks/arena.py --prepare`` has made, and trains arena L; it needs lightning and jsonargparse, too.
 """
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +138,17 @@ def train_steps(out: Path, dry: bool) -> dict[str, Any]:
     return {key: {s["name"]: round(s["ratio"], 3) for s in steps} for key, steps in figures.items()}
 
 
+def arena_l(folder: Path, out: Path, dry: bool) -> dict[str, Any]:
+    """Quality at 29 M weights: float, the papers' recipe and ours, one seed each (more: ``benchmarks/arena.py``)."""
+    options = ["--arena", "l", "--novels", str(folder), "--rows", "float,plain b1.58,our ternary", "--seeds", "1"]
+    command = [sys.executable, "benchmarks/arena.py", *options, "--out", str(out), *(["--smoke"] if dry else [])]
+    with tempfile.TemporaryDirectory() as runs:
+        done = subprocess.run([*command, "--runs", runs], cwd=ROOT, capture_output=True, text=True)
+    (out / "arena.txt").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return {"table": [line for line in done.stdout.splitlines() if line.startswith("|")]}
+
+
 STEPS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "tests": run_tests,
     "kernels": bench_kernels,
@@ -147,8 +161,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--dry_run", action="store_true", help="small shapes on the CPU: does every step run?")
-    parser.add_argument("--steps", default=",".join(STEPS), help="which steps")
+    parser.add_argument("--steps", help="which steps (default: all that are possible)")
+    parser.add_argument("--arena", type=Path, help="text of arena L, made by 'arena.py --prepare'")
     args = parser.parse_args()
+    steps = {**STEPS, **({"arena": functools.partial(arena_l, args.arena.resolve())} if args.arena else {})}
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     import torch
 
@@ -160,10 +177,10 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
     }
     failed = False
-    for name in args.steps.split(","):
+    for name in args.steps.split(",") if args.steps else steps:
         start = time.perf_counter()
         try:
-            report[name] = STEPS[name](args.out, args.dry_run)
+            report[name] = steps[name](args.out, args.dry_run)
         except Exception as error:
             report[name] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
             failed = True

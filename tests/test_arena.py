@@ -1,0 +1,81 @@
+"""``benchmarks/arena.py``: arena L from a corpus to a table, as a toy; what is held out stays out of the tokens."""
+
+import json
+import lzma
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tests.conftest import ROOT, story_text
+
+HELD_OUT = ("Doyle_Hound_1902", "Trollope_Warden_1855", "Stevenson_Catriona_1893", "Gissing_Women_1893")
+READ = ("Kipling_Captains_1896", "Haggard_She_1887", "Nobody_Known_1900")
+
+
+def arena(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/arena.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def book_text(name: str) -> str:
+    """Text in which every word tells the book it is from."""
+    return re.sub(r"(\w)\b", rf"\1{name[:4]}", story_text(10, seed=len(name)).replace("<|endoftext|>", ""))
+
+
+@pytest.fixture
+def novels(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in (*HELD_OUT, *READ):
+        (folder / f"{name}.txt.xz").write_bytes(lzma.compress(book_text(name).encode()))
+    return folder
+
+
+def test_arena_l_from_books_to_a_table(novels: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.txt"
+    more.write_text("Some other text. " * 200, encoding="utf-8")
+    prepared = tmp_path / "prepared"
+    done = arena("--novels", novels, "--also", more, "--prepare", prepared)
+    assert done.returncode == 0, done.stderr
+
+    tokenizer = Tokenizer.from_file(str(prepared / "tokens" / "tokenizer.json"))
+    texts = {
+        file.stem: tokenizer.decode(np.fromfile(file, "<u2").tolist()) for file in (prepared / "tokens").glob("*.bin")
+    }
+    assert texts.keys() == {"val", *(f"train-{i}" for i in range(len(READ) + 1))}
+    read = "".join(text for name, text in texts.items() if name != "val")
+    assert all(book_text(name).strip() in read for name in READ)
+    assert "Some other text." in read
+    for name in HELD_OUT[:2]:
+        assert book_text(name).strip() in texts["val"]
+    assert not any(name[:4] in read for name in HELD_OUT), "a held-out book is trained on"
+    assert not any(name[:4] in texts["val"] for name in HELD_OUT[2:]), "a test book is chosen by"
+
+    options = ("--arena", "l", "--smoke", "--test", "--novels", prepared, "--runs", tmp_path / "runs")
+    done = arena(*options, "--rows", "float,our ternary", "--seeds", "1", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("arena_l_*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert rows.keys() == {"float", "our ternary"}
+    for (run,) in rows.values():
+        assert 0 < run["validation"]["nats_per_token"] < 20 and run["test"]["bits_per_byte"] > 0
+        assert run["tokens_per_s"] > 0 and run["sample"]
+    assert all(f"| {name} | " in done.stdout for name in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arena", "l"), "no tokens in it; arena L takes a folder that --prepare has made"),
+        (("--rows", "floats"), "--rows floats: must be some of float, plain b1.58"),
+    ],
+)
+def test_what_is_missing_is_one_line(novels: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = arena(*arguments, "--novels", novels, "--runs", tmp_path / "runs")
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
