@@ -1,5 +1,7 @@
 """Every shipped config can be parsed and built, and costs what ``estimate`` says."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from bitnet.model import Transformer
 from bitnet.recipes import POST_TRAINING
 from bitnet.training.cli import parse_config
 from bitnet.training.shipped import shipped_configs
+from tests.conftest import ROOT
 
 PRESETS = sorted(name for name in shipped_configs() if "/" not in name)
 POST_TRAINED = sorted(name for name in shipped_configs() if name.startswith("posttrain/"))
@@ -117,3 +120,23 @@ def test_published_learning_rates() -> None:
         "ternary_30m": 2.4e-3,
         "ternary_350m": 1.8e-3,
     }
+
+
+def test_rates_are_those_of_recorded_runs() -> None:
+    """``ternary_30m`` has the best rate of its recorded shape, and rate x width is as there and at 128 and 256."""
+    runs = [
+        run
+        for file in (ROOT / "benchmarks/results").glob("arena_s_30m_*.json")
+        for run in json.loads(file.read_text())["runs"]
+        if "ternary" in run["name"]
+    ]
+    by_rate: dict[float, list[float]] = {}
+    for run in runs:
+        assert run["options"]["model.config.dim"] == 640
+        by_rate.setdefault(run["options"]["model.optim.lr"], []).append(run["val_nats_per_token"])
+    assert len(by_rate) == 3, "tried below and above"
+    best = min(by_rate, key=lambda rate: max(by_rate[rate]))
+    assert parse_config(["--config", "ternary_30m"]).optim.lr == best
+    for name in PRESETS:
+        parsed = parse_config(["--config", name])
+        assert 640 * best <= 1.01 * parsed.optim.lr * parsed.model.dim <= 1.25 * 1.6e-2 * 128, name
