@@ -314,7 +314,8 @@ def compare(args: argparse.Namespace, names: list[str]) -> None:
     print(text)
     if args.out:
         given = {"validation": VALIDATION, "test": TEST} | ({"train": TRAIN} if args.arena == "s" else {})
-        write(args.out / f"arena_{args.arena}", {**given, "rows": found, "table": text.splitlines()})
+        name = f"arena_{args.arena}{'_smoke' * args.smoke}"
+        write(args.out / name, {**given, "rows": found, "table": text.splitlines()})
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import math
 import os
 import re
 import subprocess
@@ -58,24 +59,17 @@ def test_arena_l_from_books_to_a_table(novels: Path, tmp_path: Path) -> None:
     assert not any(name[:4] in texts["val"] for name in HELD_OUT[2:]), "a test book is chosen by"
 
     options = ("--arena", "l", "--smoke", "--test", "--novels", prepared, "--runs", tmp_path / "runs")
-    done = arena(*options, "--rows", "float,our ternary", "--seeds", "1", "--out", tmp_path)
+    done = arena(*options, "--rows", "our ternary", "--seeds", "1", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("arena_l_*.json")
-    rows = json.loads(file.read_text())["rows"]
-    assert rows.keys() == {"float", "our ternary"}
-    for (run,) in rows.values():
-        assert 0 < run["validation"]["nats_per_token"] < 20 and run["test"]["bits_per_byte"] > 0
-        assert run["tokens_per_s"] > 0 and run["sample"]
-    assert all(f"| {name} | " in done.stdout for name in rows)
+    (file,) = tmp_path.glob("arena_l_smoke_*.json")
+    (run,) = json.loads(file.read_text())["rows"]["our ternary"]
+    uniform = math.log(tokenizer.get_vocab_size())  # what four steps can hardly better
+    assert 0.5 * uniform < run["validation"]["nats_per_token"] < 1.2 * uniform
+    assert run["test"]["bits_per_byte"] > 0 and run["tokens_per_s"] > 0 and run["sample"]
+    assert "| our ternary | " in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--arena", "l"), "no tokens in it; arena L takes a folder that --prepare has made"),
-        (("--rows", "floats"), "--rows floats: must be some of float, plain b1.58"),
-    ],
-)
-def test_what_is_missing_is_one_line(novels: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = arena(*arguments, "--novels", novels, "--runs", tmp_path / "runs")
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+def test_arena_l_without_its_tokens_is_one_line(novels: Path, tmp_path: Path) -> None:
+    done = arena("--arena", "l", "--novels", novels, "--runs", tmp_path / "runs")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert f"{novels}: no tokens in it; arena L takes a folder that --prepare has made" in done.stderr
