@@ -2,7 +2,7 @@
 
     python benchmarks/arena.py --novels DIR [--rows a,b] [--seeds 3] [--runs DIR] [--test] [--out benchmarks/results]
     python benchmarks/arena.py --novels DIR --ladder [--rows a,b] [--runs DIR] [--out benchmarks/results]
-    python benchmarks/arena.py --novels DIR --trials FILE [--runs DIR] [--out benchmarks/results]
+    python benchmarks/arena.py --novels DIR --trials FILE [--runs DIR] [--out benchmarks/results]   # also of arena L
     python benchmarks/arena.py --novels DIR [--also TEXT ...] --prepare FOLDER       # then, on a GPU:
     python benchmarks/arena.py --arena l --novels FOLDER [--rows a,b] [--seeds 3] [--test] [--out benchmarks/results]
 
@@ -12,8 +12,8 @@ proven to have the logits it had, and scored as packed on two other books. Choic
 the column of two more that were named before any run: it is for the end. ``--trials`` runs what a YAML file or
 a result of former trials lists: one seed, half as long, to find what is worth a row.
 
-Arena L is 29 M weights and all books but those four, and other text, tokenized beforehand by ``--prepare`` (45 MB): a
-minute or so of a large GPU for each run. ``--smoke`` runs everything for four steps of a toy, on any machine.
+Arena L is 30 M weights and all books but those four, and other text, tokenized beforehand by ``--prepare`` (42 MB),
+for a large GPU. ``--smoke`` makes the table with four steps of a toy, on any machine.
 """
 
 import argparse
@@ -110,7 +110,6 @@ SMOKE = {
 }  # fmt: skip
 """Options under which a run of either arena takes seconds, and means nothing."""
 
-
 LADDER = ("float", "our ternary")
 """Rows that are compared at several widths unless ``--rows`` says others."""
 WIDTHS: dict[int, dict[str, Any]] = {64: {}, 96: {}, 128: {}, 192: {"model.optim.matrix_lr": 8e-3}}
@@ -137,7 +136,7 @@ def text_of(novels: Path, arena: str) -> dict[str, str]:
     if arena == "s":
         return {"data.path": json.dumps(books(novels, TRAIN)), "data.val_path": json.dumps(books(novels, VALIDATION))}
     if not (novels / "tokens").is_dir():
-        raise SystemExit(f"error: {novels}: no tokens in it; arena L takes a folder that --prepare has made.")
+        raise UserError(f"{novels}: no tokens in it; arena L takes a folder that --prepare has made.")
     return {"data.path": str(novels / "tokens")}
 
 
@@ -146,7 +145,7 @@ def prepare(novels: Path, also: list[Path], folder: Path) -> None:
     held_out = books(novels, VALIDATION + TEST)
     rest = sorted(str(book) for book in novels.glob("*.txt.xz") if str(book) not in held_out)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [*(f"--data.path={text}" for text in (*rest, *also))]
+    texts = [f"--data.path={text}" for text in (*rest, *also)]
     texts += [f"--data.val_path={book}" for book in books(novels, VALIDATION)]
     command = [sys.executable, "-m", "bitnet", "prepare", *texts, "--data.vocab_size=8192", f"--out={folder}/tokens"]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -154,7 +153,7 @@ def prepare(novels: Path, also: list[Path], folder: Path) -> None:
         shutil.copy(book, folder)
 
 
-def train(options: dict[str, Any], novels: Path, folder: Path, arena: str = "s") -> dict[str, Any]:
+def train(options: dict[str, Any], novels: Path, folder: Path, arena: str) -> dict[str, Any]:
     """The summary of a run; one that is finished is not run again, one that was stopped goes on."""
     summary = folder / "summary.json"
     given = {**text_of(novels, arena), "trainer.default_root_dir": folder, **options}
@@ -173,7 +172,6 @@ def train(options: dict[str, Any], novels: Path, folder: Path, arena: str = "s")
     return dict(json.loads(summary.read_text(encoding="utf-8")))
 
 
-@torch.inference_mode()
 def served(folder: Path) -> tuple[Transformer, Tokenizer]:
     """The packed model (a float one as it is), which must have the logits that were trained."""
     model, tokenizer = load_checkpoint(folder)
@@ -184,7 +182,8 @@ def served(folder: Path) -> tuple[Transformer, Tokenizer]:
         packed, _ = load_packed(Path(scratch) / "packed.safetensors")
     size = (4, model.config.max_seq_len)
     tokens = torch.randint(model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(model(tokens), packed(tokens)), f"{folder}: the packed model has other logits"
+    with torch.inference_mode():
+        assert torch.equal(model(tokens), packed(tokens)), f"{folder}: the packed model has other logits"
     return packed, tokenizer
 
 
@@ -224,10 +223,10 @@ def table(rows: dict[str, Any], with_test: bool) -> str:
     return "\n".join(lines)
 
 
-def trials(file: Path, novels: Path, runs: Path, out: Path | None) -> None:
+def trials(file: Path, novels: Path, runs: Path, out: Path | None, arena: str) -> None:
     """Train each of ``runs`` in ``file`` on seed 0 and write them down, in that order, with what they reached.
 
-    A run is its ``options`` on top of s.yaml and a ``name``; ``{NAME}`` in a value is the folder of that run.
+    A run is its ``options`` on top of the arena's YAML and a ``name``; ``{NAME}`` in a value is the folder of that run.
     ``steps`` of the file are those of each run.
     """
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -238,7 +237,7 @@ def trials(file: Path, novels: Path, runs: Path, out: Path | None) -> None:
         name = run.get("name", f"{file.stem}_{number}")
         folders[name] = runs / name.replace(" ", "_")
         options = {k: v.format_map(folders) if isinstance(v, str) else v for k, v in run["options"].items()}
-        summary = train({**steps, **options}, novels, folders[name])
+        summary = train({**steps, **options}, novels, folders[name], arena)
         figures = summary["figures"]
         reached = {"val_nats_per_token": figures["val/loss"], "val_bits_per_byte": figures["val/bpb"]}
         reached |= {"train_nats_per_token": figures["train/loss"], "seconds": summary["seconds"]}
@@ -247,7 +246,7 @@ def trials(file: Path, novels: Path, runs: Path, out: Path | None) -> None:
     for run in sorted(done, key=lambda run: run["val_nats_per_token"]):
         print(f"{run['val_nats_per_token']:8.4f}  {run['name']}")
     if out:
-        name = f"arena_s_{file.stem.partition('_cpu_')[0].removeprefix('arena_s_')}"
+        name = f"arena_{arena}_{file.stem.partition('_cpu_')[0].removeprefix(f'arena_{arena}_')}"
         write(out / name, {"steps": count, "seed": 0, "runs": done})
 
 
@@ -275,7 +274,7 @@ def ladder(names: list[str], novels: Path, runs: Path, out: Path | None) -> None
                 "model.config.dim": width, "model.config.n_heads": width // 32, "model.config.ffn_dim": 3 * width,
             }  # fmt: skip
             options = {**ARENAS["s"].rows[name], **changes, **sizes}
-            train({"seed_everything": 0, "data.seed": 0, **options}, novels, folder)
+            train({"seed_everything": 0, "data.seed": 0, **options}, novels, folder, "s")
             folders.append(str(folder))
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "validation.txt"
@@ -340,13 +339,17 @@ def main() -> None:
     rows = ARENAS[args.arena].rows
     chosen = args.rows.split(",") if args.rows else list(LADDER if args.ladder else rows)
     if unknown := [name for name in chosen if name not in rows]:
-        raise SystemExit(f"error: --rows {unknown[0]}: must be some of {', '.join(rows)}.")
+        raise UserError(f"--rows {unknown[0]}: must be some of {', '.join(rows)}.")
+    if args.smoke and (args.trials or args.ladder):
+        raise UserError("--smoke makes a table: leave out --trials and --ladder.")
+    if args.ladder and args.arena != "s":
+        raise UserError(f"--arena {args.arena}: the ladder is of arena s.")
     if args.arena == "s":
         torch.set_num_threads(1)
     if args.prepare:
         prepare(args.novels, [path.resolve() for path in args.also], args.prepare)
     elif args.trials:
-        trials(args.trials, args.novels, args.runs, args.out)
+        trials(args.trials, args.novels, args.runs, args.out, args.arena)
     elif args.ladder:
         ladder(chosen, args.novels, args.runs, args.out)
     else:
@@ -357,4 +360,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except subprocess.CalledProcessError as error:  # which has said why
+        raise SystemExit(error.returncode) from error

@@ -139,7 +139,7 @@ def train_steps(out: Path, dry: bool) -> dict[str, Any]:
 
 
 def arena_l(folder: Path, out: Path, dry: bool) -> dict[str, Any]:
-    """Quality at 29 M weights: float, the papers' recipe and ours, one seed each (more: ``benchmarks/arena.py``)."""
+    """Quality at 30 M weights: float, the papers' recipe and ours, one seed each (more: ``benchmarks/arena.py``)."""
     options = ["--arena", "l", "--novels", str(folder), "--rows", "float,plain b1.58,our ternary", "--seeds", "1"]
     command = [sys.executable, "benchmarks/arena.py", *options, "--out", str(out), *(["--smoke"] if dry else [])]
     with tempfile.TemporaryDirectory() as runs:

@@ -71,5 +71,5 @@ def test_arena_l_from_books_to_a_table(novels: Path, tmp_path: Path) -> None:
 
 def test_arena_l_without_its_tokens_is_one_line(novels: Path, tmp_path: Path) -> None:
     done = arena("--arena", "l", "--novels", novels, "--runs", tmp_path / "runs")
-    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{novels}: no tokens in it; arena L takes a folder that --prepare has made" in done.stderr

@@ -123,7 +123,7 @@ def test_published_learning_rates() -> None:
 
 
 def test_rates_are_those_of_recorded_runs() -> None:
-    """``ternary_30m`` has the best rate of its recorded shape, and rate x width is as there and at 128 and 256."""
+    """``ternary_30m`` has the best rate of its recorded shape; all are near 2 / width (docs/recipes/pretraining.md)."""
     runs = [
         run
         for file in (ROOT / "benchmarks/results").glob("arena_s_30m_*.json")
@@ -139,4 +139,4 @@ def test_rates_are_those_of_recorded_runs() -> None:
     assert parse_config(["--config", "ternary_30m"]).optim.lr == best
     for name in PRESETS:
         parsed = parse_config(["--config", name])
-        assert 640 * best <= 1.01 * parsed.optim.lr * parsed.model.dim <= 1.25 * 1.6e-2 * 128, name
+        assert 1.5 < parsed.optim.lr * parsed.model.dim < 2.5, name

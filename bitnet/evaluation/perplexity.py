@@ -89,11 +89,13 @@ def evaluate_text(
     ids = np.asarray(found[: None if limit is None else seq_len + 1 + (limit - 1) * stride])
     lengths = torch.tensor(token_byte_lengths(tokenizer), dtype=torch.float32)
     lengths = F.pad(lengths, (0, max(0, model.config.vocab_size - len(lengths))))
+    first_bytes = float(lengths[ids[0]])
     batches = -(-len(range(0, max(1, len(ids) - 1 - (seq_len - stride)), stride)) // batch_size)
-    total = Score()
+    total, device = Score(), model.norm.weight.device
+    lengths = lengths.to(device)
     for number, batch in enumerate(windows(ids, seq_len, stride, batch_size), start=1):
-        total += score_batch(model, batch, lengths)
+        total += score_batch(model, {key: value.to(device) for key, value in batch.items()}, lengths)
         if progress:
             progress(number, batches)
-    scored = total.text_bytes if limit is not None else text_bytes - float(lengths[ids[0]])
+    scored = total.text_bytes if limit is not None else text_bytes - first_bytes
     return Evaluation(score=Score(total.nats, total.tokens, scored), documents=documents, text_bytes=text_bytes)

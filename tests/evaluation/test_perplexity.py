@@ -10,8 +10,10 @@ import torch
 from bitnet.__main__ import main
 from bitnet.data.corpora import Reading
 from bitnet.errors import UserError
+from bitnet.evaluation import perplexity
 from bitnet.evaluation.perplexity import evaluate_text, windows
 from bitnet.interchange.opened import open_model
+from bitnet.loss import Score
 
 TEXT = "The small dog ran over the green hill and sat down beside the river. " * 12
 
@@ -80,3 +82,18 @@ def test_bad_windows_are_refused(options, words, finished_run, tmp_path) -> None
     opened = open_model(finished_run)
     with pytest.raises(UserError, match=words):
         evaluate_text(opened.model, opened.tokenizer, str(file), Reading(), **options)
+
+
+def test_batches_are_where_the_model_is(finished_run, tmp_path, monkeypatch) -> None:
+    """No GPU is needed to see that: a model on the meta device, and nothing computed."""
+    file = tmp_path / "t.txt"
+    file.write_text(TEXT)
+    opened, places = open_model(finished_run), set()
+
+    def look(model: torch.nn.Module, batch: dict[str, torch.Tensor], lengths: torch.Tensor) -> Score:
+        places.update(tensor.device.type for tensor in (*batch.values(), lengths))
+        return Score()
+
+    monkeypatch.setattr(perplexity, "score_batch", look)
+    evaluate_text(opened.model.to("meta"), opened.tokenizer, str(file), Reading())
+    assert places == {"meta"}
