@@ -252,8 +252,11 @@ def trials(file: Path, novels: Path, runs: Path, out: Path | None, arena: str) -
 
 def write(name: Path, result: dict[str, Any]) -> None:
     """``result`` as JSON with date, commit and torch, in a new file of today."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    head = {"date": str(datetime.date.today()), "commit": commit.stdout.strip(), "torch": torch.__version__}
+    commit = ""  # a copy of the files on a machine without git has figures, too
+    if shutil.which("git"):
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = asked.stdout.strip()
+    head = {"date": str(datetime.date.today()), "commit": commit, "torch": torch.__version__}
     if torch.cuda.is_available():
         head["device"] = torch.cuda.get_device_name()
     stem = f"{name.name}_{'gpu' if torch.cuda.is_available() else 'cpu'}_{head['date']}"

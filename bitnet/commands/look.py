@@ -91,8 +91,15 @@ def add(command: AddCommand) -> None:
     p.set_defaults(overrides=[])
 
     p = command("prepare", prepare)
-    p.add_argument("--data.path", dest="data_path", required=True, action="append", metavar="PATH")
-    p.add_argument("--data.val_path", dest="val_path", action="append", metavar="PATH")
+    p.add_argument(
+        "--data.path",
+        dest="data_path",
+        required=True,
+        action="append",
+        metavar="PATH",
+        help="text; may be given again for more",
+    )
+    p.add_argument("--data.val_path", dest="val_path", action="append", metavar="PATH", help="held-out text; likewise")
     p.add_argument("--data.vocab_size", dest="vocab_size", type=int, default=32_000)
     p.add_argument("--data.tokenizer", dest="tokenizer", help="a tokenizer.json instead of training one")
     p.add_argument("--data.val_fraction", dest="val_fraction", type=float, default=0.05)
