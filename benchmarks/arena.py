@@ -27,6 +27,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,14 @@ def train(options: dict[str, Any], novels: Path, folder: Path, arena: str) -> di
     return dict(json.loads(summary.read_text(encoding="utf-8")))
 
 
+def train_all(
+    options: list[dict[str, Any]], novels: Path, folders: Iterable[Path], arena: str, jobs: int
+) -> Iterable[dict[str, Any]]:
+    """The summaries of runs, in their order; ``jobs`` of them train at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda given, folder: train(given, novels, folder, arena), options, folders)
+
+
 def served(folder: Path) -> tuple[Transformer, Tokenizer]:
     """The packed model (a float one as it is), which must have the logits that were trained."""
     model, tokenizer = load_checkpoint(folder)
@@ -223,21 +233,25 @@ def table(rows: dict[str, Any], with_test: bool) -> str:
     return "\n".join(lines)
 
 
-def trials(file: Path, novels: Path, runs: Path, out: Path | None, arena: str) -> None:
+def trials(file: Path, novels: Path, runs: Path, out: Path | None, arena: str, jobs: int) -> None:
     """Train each of ``runs`` in ``file`` on seed 0 and write them down, in that order, with what they reached.
 
     A run is its ``options`` on top of the arena's YAML and a ``name``; ``{NAME}`` in a value is the folder of that run.
-    ``steps`` of the file are those of each run.
+    ``steps`` of the file are those of each run. With several ``jobs``, no run may begin with the result of another.
     """
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     listed, count = content["runs"], content.get("steps", 600)
     steps = {"trainer.max_steps": count, "trainer.val_check_interval": count, "seed_everything": 0, "data.seed": 0}
-    folders, done = {}, []
-    for number, run in enumerate(listed):
-        name = run.get("name", f"{file.stem}_{number}")
-        folders[name] = runs / name.replace(" ", "_")
-        options = {k: v.format_map(folders) if isinstance(v, str) else v for k, v in run["options"].items()}
-        summary = train({**steps, **options}, novels, folders[name], arena)
+    names = [run.get("name", f"{file.stem}_{number}") for number, run in enumerate(listed)]
+    folders = {name: runs / name.replace(" ", "_") for name in names}
+    all_options = [
+        steps | {k: v.format_map(folders) if isinstance(v, str) else v for k, v in run["options"].items()}
+        for run in listed
+    ]
+    done = []
+    for run, name, summary in zip(
+        listed, names, train_all(all_options, novels, folders.values(), arena, jobs), strict=True
+    ):
         figures = summary["figures"]
         reached = {"val_nats_per_token": figures["val/loss"], "val_bits_per_byte": figures["val/bpb"]}
         reached |= {"train_nats_per_token": figures["train/loss"], "seconds": summary["seconds"]}
@@ -297,21 +311,24 @@ def compare(args: argparse.Namespace, names: list[str]) -> None:
     """The table: every row with every seed, packed and scored."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for seed in range(args.seeds):  # the seeds outside, so that a table of fewer is there early
-        for name in names:
-            folder = args.runs / f"{name.replace(' ', '_')}_{seed}"
-            options = {"seed_everything": seed, "data.seed": seed, **ARENAS[args.arena].rows[name]}
-            summary = train({**options, **(SMOKE if args.smoke else {})}, args.novels, folder, args.arena)
-            run = {"seed": seed, "options": {k: str(v) for k, v in options.items()}, "seconds": summary["seconds"]}
-            run["tokens_per_s"] = summary["figures"]["perf/tokens_per_s"]
-            model, tokenizer = served(folder)
-            model.to(device)
-            run["validation"] = score(model, tokenizer, books(args.novels, VALIDATION))
-            run["test"] = score(model, tokenizer, books(args.novels, TEST)) if args.test else None
-            run["sample"] = generate(model, tokenizer, "The ", max_new_tokens=60)
-            found[name].append(run)
-            print(f"{name}, seed {seed}: {run['validation']['nats_per_token']:.4f} nats per token", flush=True)
-            print(f"  {' '.join(run['sample'].split())}", flush=True)
+    listed = [(seed, name) for seed in range(args.seeds) for name in names]  # a table of fewer seeds is there early
+    folders = [args.runs / f"{name.replace(' ', '_')}_{seed}" for seed, name in listed]
+    all_options = [
+        {"seed_everything": seed, "data.seed": seed, **ARENAS[args.arena].rows[name]} for seed, name in listed
+    ]
+    trained = [options | SMOKE if args.smoke else options for options in all_options]
+    summaries = train_all(trained, args.novels, folders, args.arena, args.jobs)
+    for (seed, name), folder, options, summary in zip(listed, folders, all_options, summaries, strict=True):
+        run = {"seed": seed, "options": {k: str(v) for k, v in options.items()}, "seconds": summary["seconds"]}
+        run["tokens_per_s"] = summary["figures"]["perf/tokens_per_s"]
+        model, tokenizer = served(folder)
+        model.to(device)
+        run["validation"] = score(model, tokenizer, books(args.novels, VALIDATION))
+        run["test"] = score(model, tokenizer, books(args.novels, TEST)) if args.test else None
+        run["sample"] = generate(model, tokenizer, "The ", max_new_tokens=60)
+        found[name].append(run)
+        print(f"{name}, seed {seed}: {run['validation']['nats_per_token']:.4f} nats per token", flush=True)
+        print(f"  {' '.join(run['sample'].split())}", flush=True)
     text = table(found, args.test)
     print(text)
     if args.out:
@@ -327,6 +344,7 @@ def main() -> None:
     parser.add_argument("--rows", help="names with commas between them (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/arena, runs/arena_l)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that train at a time, on one GPU")
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
     parser.add_argument("--trials", type=Path, metavar="FILE")
@@ -352,7 +370,7 @@ def main() -> None:
     if args.prepare:
         prepare(args.novels, [path.resolve() for path in args.also], args.prepare)
     elif args.trials:
-        trials(args.trials, args.novels, args.runs, args.out, args.arena)
+        trials(args.trials, args.novels, args.runs, args.out, args.arena, args.jobs)
     elif args.ladder:
         ladder(chosen, args.novels, args.runs, args.out)
     else:

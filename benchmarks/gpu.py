@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ BITNET_2B = {
 SMALL = {**BITNET_2B, "vocab_size": 512, "dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256}
 
 
+def environment() -> dict[str, str]:
+    """For programs that are started from here: the packages need not be installed."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def run_tests(out: Path, dry: bool) -> dict[str, Any]:
     """The kernel tests on the device, and packed models against training."""
     targets = [
@@ -39,24 +46,35 @@ def run_tests(out: Path, dry: bool) -> dict[str, Any]:
         "tests/kernels/test_training_ops.py",
         "tests/inference/test_gpu.py",
     ]
-    env = {**os.environ, "TRITON_INTERPRET": "1" if dry else "0"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *targets]
+    env = environment() | {"TRITON_INTERPRET": "1" if dry else "0"}
+    side_by_side = ["-n", "8", "-p", "no:benchmark"] if find_spec("xdist") else []  # kernels take long to compile
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *side_by_side, *targets]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     (out / "tests.txt").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-1500:]
     return {"summary": next(line for line in reversed(done.stdout.splitlines()) if " in " in line and "passed" in line)}
 
 
-def bench_kernels(out: Path, dry: bool) -> dict[str, Any]:
+def bench_kernels(out: Path, dry: bool, tune: bool = False) -> dict[str, Any]:
+    """The packed products; with the shipped tiles, or with those that were measured first."""
+    from bitnet_kernels import configurations
+    from bitnet_kernels import tuning as tiles
     from bitnet_kernels.bench import bench_kernels as run
 
     shapes, tokens = ("64x256,300x500", [1, 4]) if dry else ("2560x2560,2560x6912,4096x14336", [1, 16, 64, 256, 2048])
+    name, figures = "kernels_tuned" if tune else "kernels", {}
+    if tune and not dry:
+        parsed = [(int(n), int(k)) for n, _, k in (shape.partition("x") for shape in shapes.split(","))]
+        for format in ("ternary2", "binary1"):
+            for count in tokens:
+                found = tiles.tune(parsed, [count], format, budget=24)
+                figures |= {key: str(tile) for key, tile in found.items()}
+                (out / "tiles.json").write_text(Path(configurations.tuned_file()).read_text())
     results = run(
-        shapes, tokens, device="cpu" if dry else "cuda", json_file=str(out / "kernels.json"),
-        plot=str(out / "kernels.png"), tune=not dry,
+        shapes, tokens, device="cpu" if dry else "cuda", json_file=str(out / f"{name}.json"),
+        plot=str(out / f"{name}.png"),
     )  # fmt: skip
-    return {"measured": len(results)}
+    return {"measured": len(results), **figures}
 
 
 def decode_whole_model(out: Path, dry: bool) -> dict[str, Any]:
@@ -106,20 +124,19 @@ def decode_whole_model(out: Path, dry: bool) -> dict[str, Any]:
 
 
 SHAPES = {
+    "30m": {"dim": 640, "n_layers": 6, "n_heads": 10, "ffn_dim": 1792, "rows": 16},
     "125m": {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "rows": 8},
     "350m": {"dim": 1024, "n_layers": 24, "n_heads": 16, "ffn_dim": 2816, "rows": 4},
 }
 
 
-def train_steps(out: Path, dry: bool) -> dict[str, Any]:
-    """Step time and memory at 2,048 tokens a row, bf16: the float twin, ours with and without int8 units, peers."""
+def train_steps(out: Path, dry: bool, names: str = "float,ternary,ternary_int8", compiled: bool = False) -> Any:
+    """Step time and memory at 2,048 tokens a row, bf16: the float twin, and others beside it."""
     import dataclasses
-    from importlib.util import find_spec
 
     from bitnet.config import ModelConfig, OptimConfig
-    from bitnet.training.bench import PEERS, measure
+    from bitnet.training.bench import measure
 
-    names = ["float", "ternary", "ternary_int8", *(name for name in PEERS if find_spec(name))]
     figures: dict[str, Any] = {}
     for shape, sizes in SHAPES.items():
         rows, tokens = sizes["rows"], 64 if dry else 2048
@@ -127,15 +144,21 @@ def train_steps(out: Path, dry: bool) -> dict[str, Any]:
         if dry:
             given, rows = {"dim": 64, "n_layers": 1, "n_heads": 4, "ffn_dim": 128}, 1
         config = ModelConfig(vocab_size=512 if dry else 32_000, max_seq_len=tokens, **given)
-        for compiled in (False,) if dry else (False, True):
-            # A compiled layer runs torch's operations; the int8 operators are for eager ones.
-            found = measure(
-                names if not compiled else ["float", "ternary"], config, OptimConfig(), rows=rows, seq_len=tokens,
-                steps=2 if dry else 8, device="cpu" if dry else "cuda", bf16=not dry, compiled=compiled,
-            )  # fmt: skip
-            figures[f"{shape}{'_compiled' * compiled}"] = [dataclasses.asdict(step) for step in found]
-    (out / "train.json").write_text(json.dumps(figures, indent=1) + "\n")
+        found = measure(
+            names.split(","), config, OptimConfig(), rows=rows, seq_len=tokens, steps=2 if dry else 8,
+            device="cpu" if dry else "cuda", bf16=not dry, compiled=compiled,
+        )  # fmt: skip
+        figures[shape] = [dataclasses.asdict(step) for step in found]
+        name = f"train{'_compiled' * compiled}_{names.split(',')[-1]}.json"
+        (out / name).write_text(json.dumps(figures, indent=1) + "\n")
     return {key: {s["name"]: round(s["ratio"], 3) for s in steps} for key, steps in figures.items()}
+
+
+def train_peer(out: Path, dry: bool, name: str) -> Any:
+    """A low-bit training of another library beside the float twin; its kernels want a GPU."""
+    if dry or find_spec(name) is None:
+        return {"skipped": "on a CPU" if dry else f"{name} is not installed"}
+    return train_steps(out, dry, f"float,{name}")
 
 
 def arena_l(folder: Path, out: Path, dry: bool) -> dict[str, Any]:
@@ -143,17 +166,22 @@ def arena_l(folder: Path, out: Path, dry: bool) -> dict[str, Any]:
     options = ["--arena", "l", "--novels", str(folder), "--rows", "float,plain b1.58,our ternary", "--seeds", "1"]
     command = [sys.executable, "benchmarks/arena.py", *options, "--out", str(out), *(["--smoke"] if dry else [])]
     with tempfile.TemporaryDirectory() as runs:
-        done = subprocess.run([*command, "--runs", runs], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, "--runs", runs], cwd=ROOT, env=environment(), capture_output=True, text=True)
     (out / "arena.txt").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr[-1500:]
     return {"table": [line for line in done.stdout.splitlines() if line.startswith("|")]}
 
 
-STEPS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+STEPS: dict[str, Callable[[Path, bool], Any]] = {
     "tests": run_tests,
     "kernels": bench_kernels,
     "decode": decode_whole_model,
     "train": train_steps,
+    "torchao": functools.partial(train_peer, name="torchao"),
+    "onebitllms": functools.partial(train_peer, name="onebitllms"),
+    "tuned": functools.partial(bench_kernels, tune=True),
+    # A compiled layer runs torch's operations; the int8 operators are for eager ones.
+    "compiled": functools.partial(train_steps, names="float,ternary", compiled=True),
 }
 
 

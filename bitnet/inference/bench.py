@@ -36,6 +36,15 @@ from bitnet_kernels.bench import describe_device
 REPEATS = 3
 
 
+def _random_bytes(format: str, generator: torch.Generator) -> Tensor:
+    """A MiB of packed weights, uint8: drawing billions would take longer than all that is measured with them."""
+    count = 1 << 20
+    if format == "binary1":
+        return torch.randint(256, (count,), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(3, (4, count), generator=generator, dtype=torch.uint8)
+    return codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+
+
 def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTransformer:
     """A packed model of the shape of ``config`` with random weights, made without ever holding float ones."""
     format = WEIGHT_QUANTIZERS[weight].format
@@ -44,15 +53,11 @@ def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTr
     model = packed_skeleton(config, {f"layers.{name}": LayerForm(format) for name in names}, head)
     place(model)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.tensor([0, 1, 2], dtype=torch.uint8)
+    block = _random_bytes(format, generator)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(".packed"):
-            for row in tensor:
-                if format == "binary1":
-                    row.random_(0, 256, generator=generator)
-                    continue
-                planes = codes[torch.randint(3, (4, row.numel()), generator=generator)]
-                row.copy_(planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6)
+            for part in tensor.view(-1).split(len(block)):
+                part.copy_(block[: len(part)])
         elif name.endswith("inv_scale"):
             tensor.fill_(30.0)
         elif tensor.dtype == torch.int8:

@@ -176,11 +176,24 @@ def _packed_matmul_cpu(
     return y if y.dtype == dtype else y.to(dtype)
 
 
-def _packed_matmul_cuda(*arguments: object) -> Tensor:
+def _packed_matmul_cuda(
+    x: Tensor,
+    packed: Tensor,
+    format: str,
+    n: int,
+    k: int,
+    x_inv_scale: Tensor | None = None,
+    w_inv_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    group_size: int = 0,
+    row_sum: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     from bitnet_kernels import triton_matmul
 
-    _check(*arguments[:10])  # type: ignore[arg-type]
-    return triton_matmul.packed_matmul(*arguments)  # type: ignore[arg-type]
+    arguments = (x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size, row_sum)
+    _check(*arguments)
+    return triton_matmul.packed_matmul(*arguments, out_dtype)
 
 
 def _packed_matmul_fake(

@@ -1,9 +1,12 @@
 """RMSNorm, absmax and int8 rounding of activations on a GPU, one program a token, in Triton; and the norm's backward.
 
-``rms_norm`` is the same kernel stopped before the rounding. A model on a GPU uses it wherever it runs without
-gradients, so that the norm of the model as trained and the fused one add in the same order and give the same bits.
-``norm_quantize`` is the same kernel once more, which also keeps what a backward needs.
+``rms_norm``, ``rms_norm_quantize`` and ``norm_quantize`` run one compiled kernel and differ in what they take from it.
+The compiler lays a row over threads as its widest store likes it, and the sum of squares is added up in that layout's
+order: a kernel without the store of int8 gives other last bits. So a model as trained, which wants the norm's result,
+has the rounding done too, to no use; and whether the result is stored is decided while the kernel runs.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,12 +33,12 @@ def rounded(y, inv_scale, finite):
     return (shifted - 12582912.0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stored"])
 def rms_norm_quantize_kernel(
-    x_ptr, weight_ptr, q_ptr, y_ptr, inv_scale_ptr, row_sum_ptr, r_ptr, K, X_STRIDE, eps,
-    NORM: tl.constexpr, QUANTIZE: tl.constexpr, STORE_Y: tl.constexpr, STORE_R: tl.constexpr, STORE_SUM: tl.constexpr,
-    FLOOR: tl.constexpr, BK: tl.constexpr,
+    x_ptr, weight_ptr, q_ptr, y_ptr, inv_scale_ptr, row_sum_ptr, r_ptr, K, X_STRIDE, eps, stored,
+    NORM: tl.constexpr, FLOOR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """``stored``: how many values of a norm's result are, all or none."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BK)
     ok = k < K
@@ -48,19 +51,15 @@ def rms_norm_quantize_kernel(
         # Rounded where eager code rounds: to the dtype of x, then to that of the product with the weight.
         y = (y * r).to(loaded.dtype).to(tl.float32) * weight.to(tl.float32)
         y = y.to(weight.dtype).to(tl.float32)
-        if STORE_R:
-            tl.store(r_ptr + row, r)
-    if STORE_Y:
-        tl.store(y_ptr + row * K + k, y.to(y_ptr.dtype.element_ty), mask=ok)
-    if QUANTIZE:
-        # As integers, magnitudes compare the same and NaN is largest.
-        bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        finite, inv_scale = scale_of(tl.max(bits, axis=0), FLOOR)
-        q = tl.where(ok, rounded(y, inv_scale, finite), 0)
-        tl.store(q_ptr + row * K + k, q.to(tl.int8), mask=ok)
-        tl.store(inv_scale_ptr + row, tl.where(finite, inv_scale, float("nan")))
-        if STORE_SUM:
-            tl.store(row_sum_ptr + row, tl.sum(q, axis=0))
+        tl.store(r_ptr + row, r)
+        tl.store(y_ptr + row * K + k, y.to(y_ptr.dtype.element_ty), mask=k < stored)
+    # As integers, magnitudes compare the same and NaN is largest.
+    bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    finite, inv_scale = scale_of(tl.max(bits, axis=0), FLOOR)
+    q = tl.where(ok, rounded(y, inv_scale, finite), 0)
+    tl.store(q_ptr + row * K + k, q.to(tl.int8), mask=ok)
+    tl.store(inv_scale_ptr + row, tl.where(finite, inv_scale, float("nan")))
+    tl.store(row_sum_ptr + row, tl.sum(q, axis=0))
 
 
 @triton.jit
@@ -94,31 +93,35 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
+class _Results(NamedTuple):
+    """Of rows (M, K): int8 (M, K), float32 and int32 (M,); of a norm its result (M, K) if stored, and 1 / rms (M,)."""
+
+    q: Tensor
+    inv_scale: Tensor
+    row_sum: Tensor
+    y: Tensor
+    r: Tensor
+
+
 def _launch(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    *,
-    q: Tensor | None = None,
-    y: Tensor | None = None,
-    inv_scale: Tensor | None = None,
-    row_sum: Tensor | None = None,
-    r: Tensor | None = None,
-    floor: float = ABSMAX_FLOOR,
-) -> None:
-    """Run the kernel; an output that is not given is not computed."""
+    x: Tensor, weight: Tensor | None, eps: float = 0.0, *, store_y: bool = False, floor: float = ABSMAX_FLOOR
+) -> _Results:
+    """Run the kernel over rows (M, K); without a weight they are only quantized."""
     m, k = x.shape
+    weight = None if weight is None else _promoted(x, weight)
+    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    row_sum = torch.empty(m, dtype=torch.int32, device=x.device)
+    inv_scale, r = (torch.empty(m, dtype=torch.float32, device=x.device) for _ in range(2))
+    # What is not stored still has a dtype, which is compiled in.
+    kind = x if weight is None else weight
+    y = torch.empty(m, k, dtype=kind.dtype, device=x.device) if store_y else kind
     block = triton.next_power_of_2(k)
-    # Where there is no tensor the kernel gets x, and does not touch it.
-    weight_or_x, q_or_x, y_or_x, inv_or_x, sum_or_x, r_or_x = (
-        x if t is None else t for t in (weight, q, y, inv_scale, row_sum, r)
-    )
     if m:
         rms_norm_quantize_kernel[(m,)](
-            x, weight_or_x, q_or_x, y_or_x, inv_or_x, sum_or_x, r_or_x, k, x.stride(0), eps,
-            NORM=weight is not None, QUANTIZE=q is not None, STORE_Y=y is not None, STORE_R=r is not None,
-            STORE_SUM=row_sum is not None, FLOOR=floor, BK=block, num_warps=_warps(block), enable_fp_fusion=False,
+            x, kind, q, y, inv_scale, row_sum, r, k, x.stride(0), eps, k if store_y else 0,
+            NORM=weight is not None, FLOOR=floor, BK=block, num_warps=_warps(block), enable_fp_fusion=False,
         )  # fmt: skip
+    return _Results(q, inv_scale, row_sum, y, r)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -130,39 +133,25 @@ def _rows(x: Tensor) -> Tensor:
 
 def rms_norm_quantize(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See ``ops.rms_norm_quantize``."""
-    rows = _rows(x)
-    q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    inv_scale = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
-    row_sum = torch.empty(rows.shape[0], dtype=torch.int32, device=x.device)
-    _launch(rows, None if weight is None else _promoted(x, weight), eps, q=q, inv_scale=inv_scale, row_sum=row_sum)
-    return q, inv_scale, row_sum
+    found = _launch(_rows(x), weight, eps)
+    return found.q, found.inv_scale[:, None], found.row_sum
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., K) normalized, in the dtype of its product with the weight."""
-    rows, weight = _rows(x), _promoted(x, weight)
-    out = torch.empty(rows.shape, dtype=weight.dtype, device=x.device)
-    _launch(rows, weight, eps, y=out)
-    return out.view(x.shape)
+    return _launch(_rows(x), weight, eps, store_y=True).y.view(x.shape)
 
 
 def quantize(x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """x (M, K) -> q int8 (M, K), inv_scale (M,)."""
-    rows = _rows(x)
-    q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    inv_scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
-    _launch(rows, None, 0.0, q=q, inv_scale=inv_scale, floor=floor)
-    return q, inv_scale
+    found = _launch(_rows(x), None, floor=floor)
+    return found.q, found.inv_scale
 
 
 def norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (M, K) -> y (M, K), q int8 (M, K), inv_scale (M,), 1 / rms (M,)."""
-    rows, weight = _rows(x), _promoted(x, weight)
-    y = torch.empty(rows.shape, dtype=weight.dtype, device=x.device)
-    q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    inv_scale, r = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    _launch(rows, weight, eps, q=q, y=y, inv_scale=inv_scale, r=r)
-    return y, q, inv_scale, r
+    found = _launch(_rows(x), weight, eps, store_y=True)
+    return found.y, found.q, found.inv_scale, found.r
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ MATMUL_TYPES = {
 }
 NORM_TYPES = {
     **{"weight_ptr": "*fp32", "q_ptr": "*i8", "y_ptr": "*fp32", "inv_scale_ptr": "*fp32", "row_sum_ptr": "*i32"},
-    **{"r_ptr": "*fp32", "K": "i32", "X_STRIDE": "i32", "eps": "fp32"},
+    **{"r_ptr": "*fp32", "K": "i32", "X_STRIDE": "i32", "eps": "fp32", "stored": "i32"},
 }
 
 
@@ -91,15 +91,12 @@ def matmul(arch: int, bits: int, m: int, asm: bool) -> Any:
     )
 
 
-def norm(arch: int, norm: bool = True, training: bool = False) -> Any:
-    """Norm and rounding of a row of 4096: for serving, or for training; without a norm, the rounding of a row."""
+def norm(arch: int, norm: bool = True) -> Any:
+    """Norm and rounding of a row of 4096; without a norm, the rounding of a row."""
     return compile_for(
         triton_norm.rms_norm_quantize_kernel,
         {**NORM_TYPES, "x_ptr": "*bf16"},
-        {
-            **{"NORM": norm, "QUANTIZE": True, "STORE_Y": norm and training, "STORE_R": norm and training},
-            **{"STORE_SUM": not training, "FLOOR": 1e-5, "BK": 4096},
-        },
+        {"NORM": norm, "FLOOR": 1e-5, "BK": 4096},
         arch,
         ("x_ptr", "weight_ptr", "q_ptr", "y_ptr", "K", "X_STRIDE"),
         num_warps=8,

@@ -94,5 +94,16 @@ def test_candidates_fit_and_begin_with_the_table() -> None:
             assert configurations.shared_bytes(tile, 4, 89) <= 99 * 1024
 
 
+def test_a_sample_of_candidates_is_from_all_over_the_list() -> None:
+    shape = Shape(90, 16, 4096, 3584)
+    tiles = tuning.sample(shape, 4, 40)
+    assert tiles == tuning.sample(shape, 4, 40)
+    assert tiles[0] == table(shape, 4)
+    assert len(set(tiles)) == 40
+    assert {tile.rows for tile in tiles} == {32, 64, 128}
+    assert {tile.split_k for tile in tiles} >= {1, 2, 4, 8}
+    assert len(tuning.sample(shape, 4, 10**6)) == len(list(tuning.candidates(shape, 4)))
+
+
 def test_token_buckets() -> None:
     assert [token_bucket(m) for m in (1, 2, 16, 17, 64, 65, 2048)] == [1, 16, 16, 32, 64, 128, 2048]

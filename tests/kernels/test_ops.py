@@ -1,5 +1,6 @@
 """The operators as torch sees them: schema, shapes without data, export with any number of tokens, full graphs."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitnet_kernels import FORMATS, packed_matmul, rms_norm_quantize
+from bitnet_kernels import FORMATS, ops, packed_matmul, rms_norm_quantize
 from tests.kernels.conftest import random_int8, random_levels
 
 OPS = torch.ops.bitnet_kernels
@@ -31,6 +32,13 @@ def test_opcheck(format: str) -> None:
     floats = torch.randn(5, 300)
     torch.library.opcheck(OPS.rms_norm_quantize, (floats, torch.ones(300), 1e-5), test_utils=CHECKS)
     torch.library.opcheck(OPS.rms_norm_quantize, (floats, None, 0.0), test_utils=CHECKS)
+
+
+def test_arguments_may_be_left_out_on_every_device() -> None:
+    """torch hands over to an implementation only what differs from the defaults of the schema."""
+    on_cuda, on_cpu = (inspect.signature(f) for f in (ops._packed_matmul_cuda, ops._packed_matmul_cpu))
+    assert on_cuda == on_cpu
+    assert [p.default is not p.empty for p in on_cuda.parameters.values()] == [False] * 5 + [True] * 6
 
 
 class Layer(nn.Module):
