@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from bitnet.config import ModelConfig
 from bitnet.loss import ReadOut
 from bitnet.recomputation import recomputed
-from bitnet_kernels import rms_norm as cpu_norm
+from bitnet_kernels import rms_norm as fused_norm
 from bitnet_kernels.cpu import native
 
 
@@ -52,7 +52,7 @@ def without_memory() -> Iterator[None]:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32 (arXiv 1910.07467).
 
-    On a GPU without gradients a kernel computes it that also serves the packed model: both add in the same order.
+    On a GPU the kernel computes it that also serves the packed model, with gradients and without.
     """
 
     training_kernel: Callable[[Tensor, Tensor, float], Tensor] | None = None
@@ -70,8 +70,8 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps)
         if x.is_cuda and self.training_kernel is not None and not torch.compiler.is_compiling():
             return self.training_kernel(x, self.weight, self.eps)
-        if torch.is_grad_enabled() and cpu_norm.takes(x, self.weight):
-            return cpu_norm.rms_norm(x, self.weight, self.eps)
+        if torch.is_grad_enabled() and fused_norm.takes(x, self.weight):
+            return fused_norm.rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)

@@ -129,19 +129,42 @@ class BitLinear(nn.Linear):
         if not keep or torch.compiler.is_compiling():
             self._levels = None
             return self._quantize()
-        key = tuple(
+        if self._levels is None or self._levels[0] != self._state():
+            self.keep(self._quantize())
+            assert self._levels is not None
+        return self._levels[1]
+
+    def keep(self, levels: Levels) -> None:
+        """Take these for the levels of the weight as it is now."""
+        self._levels = (self._state(), levels)
+
+    def _state(self) -> tuple[Any, ...]:
+        """Changes where a parameter is seen to have changed."""
+        return tuple(
             (local_part(p).detach().data_ptr(), p.dtype, p.is_inference() or p._version)
             for p in self.parameters(recurse=False)
         )
-        if self._levels is None or self._levels[0] != key:
-            self._levels = (key, self._quantize())
-        return self._levels[1]
+
+    @property
+    def is_on_gpu_as_a_whole(self) -> bool:
+        """Whether the kernels take the weight that finish many matrices at once (``triton_levels``)."""
+        whole = self.shared_scale is None and not self.passes_by and type(self.weight) is nn.Parameter
+        plain = self.weight.dtype == torch.float32 and self.weight.is_contiguous()
+        return self.weight.is_cuda and whole and plain and not torch.compiler.is_compiling()
+
+    def _scale(self, weight: Tensor) -> WeightScale:
+        quantizer = WEIGHT_QUANTIZERS[self.weight_kind]
+        if self.shared_scale is not None:
+            return self.shared_scale
+        if not self.is_on_gpu_as_a_whole:
+            return quantizer.scale(quantizer.statistics(weight), weight.numel())
+        from bitnet_kernels.triton_levels import matrix_scales
+
+        return WeightScale(*matrix_scales([weight], quantizer.binary)[0].unbind())
 
     def _quantize(self) -> Levels:
         weight, quantizer = local_part(self.weight).detach(), WEIGHT_QUANTIZERS[self.weight_kind]
-        scale = self.shared_scale
-        if scale is None:
-            scale = quantizer.scale(quantizer.statistics(weight), weight.numel())
+        scale = self._scale(weight)
         if weight.is_cuda and self.arithmetic.input_gradient != "float" and not self.weight_holds_levels:
             q, q_t = quantizer.int8_levels_both_ways(weight, scale)
             return Levels(q, scale.inv_scale, q_t=q_t)
@@ -170,6 +193,11 @@ class BitLinear(nn.Linear):
         self._held = held
         if not held:
             self._levels = None
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether the levels would be kept, and are not there yet."""
+        return self._held and self._levels is None
 
     def train(self, mode: bool = True) -> "BitLinear":
         self._levels = None

@@ -28,6 +28,7 @@ from bitnet.config import ModelConfig, OptimConfig
 from bitnet.errors import UserError
 from bitnet.estimate import flops_per_token
 from bitnet.layers import Arithmetic, BitLinear, integer_products, low_bit_layers, swap_linears
+from bitnet.layers.levels_together import quantize_together
 from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import next_token_loss
 from bitnet.model import Transformer
@@ -107,7 +108,7 @@ def check_names(names: list[str]) -> None:
 
 class _Contestant:
     def __init__(self, name: str, config: ModelConfig, optim: OptimConfig, device: str, compiled: bool) -> None:
-        self.name = name
+        self.name, self.compiled = name, compiled
         torch.manual_seed(0)
         self.model = Transformer(config).to(device)
         if name in PEERS:
@@ -127,8 +128,15 @@ class _Contestant:
             return next_token_loss(self.model, batch)
 
     def step(self, batch: dict[str, Tensor], bf16: bool) -> Tensor:
+        layers = low_bit_layers(self.model).values()
+        holds = batch["inputs"].is_cuda and not self.compiled  # as while training
+        for layer in layers:
+            layer.hold(holds)
+        quantize_together(layers)
         loss = self.forward(batch, bf16)
         loss.backward()
+        for layer in layers:
+            layer.hold(False)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

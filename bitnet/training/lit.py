@@ -15,6 +15,7 @@ from bitnet.data.calibration import spaced_batches
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError
 from bitnet.layers import Arithmetic, low_bit_layers
+from bitnet.layers.levels_together import quantize_together
 from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
@@ -228,8 +229,9 @@ class LitBitNet(L.LightningModule):
         self._apply_stage(self.transformer)
         if self.is_spread:
             self._refresh_spread()
-        elif self.trainer.accumulate_grad_batches > 1:
+        elif self.trainer.accumulate_grad_batches > 1 or (self.device.type == "cuda" and not self.compile_blocks):
             self._hold_quantized(True)
+            quantize_together(low_bit_layers(self.transformer).values())
 
     @property
     def is_spread(self) -> bool:
@@ -250,7 +252,7 @@ class LitBitNet(L.LightningModule):
         self._hold_quantized(False)
 
     def _hold_quantized(self, hold: bool) -> None:
-        """Within a window of gradient accumulation no weight changes, so each is quantized once."""
+        """From the first batch of a step to the optimizer no weight changes, so each is quantized once."""
         for layer in low_bit_layers(self.transformer).values():
             layer.hold(hold)
 

@@ -1,7 +1,7 @@
-"""RMSNorm while training, on a CPU: one pass forward, one pass backward, and only its input is kept for that.
+"""RMSNorm while training: one pass forward, one pass backward, and only its input is kept for that.
 
-Spelled with torch's operations it is six passes forward and a dozen backward, and keeps three tensors of that size. The
-forward has the same bits; see norm.c.
+Spelled with torch's operations it is six passes forward and a dozen backward, and keeps three tensors of that size. On
+a CPU the forward has the same bits as these (see norm.c), on a GPU those of the kernel that serves (``triton_norm``).
 """
 
 from typing import Any
@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels.cpu import native
+from bitnet_kernels.training_ops import norm_quantize, rms_norm_backward
+
+MOST_ON_GPU = 65536
+"""Values of a row: the kernel has them in registers."""
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``rms_norm`` computes this with the bits of torch's operations."""
-    plain = type(x) is Tensor and x.is_cpu and x.dtype == weight.dtype == torch.float32
-    return plain and not torch.compiler.is_compiling() and native.sums_like_torch(x.shape[-1])
+    """Whether ``rms_norm`` computes this: on a CPU, with the bits of torch's operations."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if x.is_cuda:
+        return x.shape[-1] <= MOST_ON_GPU
+    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and native.sums_like_torch(x.shape[-1])
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,7 +55,22 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(grad.shape), grad_weight.sum(0), None
 
 
+class _RMSNormOnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y, _, _, rstd, _ = norm_quantize(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = rms_norm_backward(grad.reshape(rows.shape), rows, weight, rstd)
+        return grad_x.view(grad.shape), grad_weight, None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x float32 (..., K) over its root mean square, times weight (K,); differentiable. See ``takes``."""
-    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    """x (..., K) over its root mean square, times weight (K,); differentiable. See ``takes``."""
+    y: Tensor = (_RMSNormOnGpu if x.is_cuda else _RMSNorm).apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

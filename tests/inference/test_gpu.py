@@ -11,6 +11,8 @@ import torch
 from bitnet.generation import prefill
 from bitnet.graph import GraphDecoder
 from bitnet.inference.packing import pack
+from bitnet.layers import Arithmetic, low_bit_layers
+from bitnet.layers.levels_together import quantize_together
 from tests.inference.conftest import low_bit_model
 
 pytestmark = [
@@ -51,3 +53,41 @@ def test_the_graph_equals_its_steps() -> None:
         token = logits[0].argmax(-1, keepdim=True)
         logits = [graph(token).clone(), steps(token).clone()]
         assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("weight", ["ternary", "binary"])
+def test_the_training_forward_is_bit_equal_too(weight: str) -> None:
+    """In float32: with gradients, with all weights quantized at once, on both kinds of units."""
+    model = low_bit_model(weight=weight, sub_norm=True, dim=256, ffn_dim=700).cuda().train()
+    tokens = torch.randint(97, (3, 40), device="cuda")
+    with torch.inference_mode():
+        expected = pack(model).cuda()(tokens)
+    layers = low_bit_layers(model).values()
+    for forward in ("auto", "int8"):
+        for layer in layers:
+            layer.arithmetic = Arithmetic(forward=forward)
+            layer.hold(True)
+        quantize_together(layers)
+        assert all(not layer.holds_nothing for layer in layers)
+        logits = model(tokens)
+        logits.sum().backward()
+        for layer in layers:
+            layer.hold(False)
+        assert torch.equal(logits, expected), forward
+
+
+def test_scales_and_gradients_are_those_of_a_cpu() -> None:
+    on_cpu = low_bit_model(sub_norm=True, dim=256, ffn_dim=700).train()
+    on_gpu = low_bit_model(sub_norm=True, dim=256, ffn_dim=700).cuda().train()
+    for a, b in zip(low_bit_layers(on_cpu).values(), low_bit_layers(on_gpu).values(), strict=True):
+        for x, y in zip(a.quantized_weight(), b.quantized_weight(), strict=True):
+            assert torch.equal(x, y.cpu())
+    x = torch.randn(6, 256)
+    found = []
+    for norm in (on_cpu.norm, on_gpu.norm):
+        device = norm.weight.device
+        inputs = x.to(device).requires_grad_()
+        (norm(inputs) * torch.arange(256, device=device)).sum().backward()
+        found.append((inputs.grad.cpu(), norm.weight.grad.cpu()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

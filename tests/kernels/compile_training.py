@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 
-from bitnet_kernels import triton_int8, triton_norm, triton_training
+from bitnet_kernels import triton_int8, triton_levels, triton_norm, triton_training
 from bitnet_kernels.configurations import int8_tile
 from tests.kernels.compile_ahead import ARCHITECTURES, compile_for, facts, norm
 
@@ -21,7 +21,9 @@ FLOATS = dict.fromkeys(("row_inv_ptr", "inv_ptr", "inv_scale_ptr", "statistic_pt
 BYTES = dict.fromkeys(("a_ptr", "b_ptr", "q_ptr", "q_t_ptr"), "*i8")
 HALVES = dict.fromkeys(("x_ptr", "dy_ptr", "dx_ptr", "out_ptr"), "*bf16")
 SIZES = dict.fromkeys(("M", "N", "K", "A_STRIDE", "B_STRIDE", "OUT_STRIDE", "X_STRIDE", "DY_STRIDE", "W_STRIDE"), "i32")
-TYPES = {**FLOATS, **BYTES, **HALVES, **SIZES, "w_ptr": "*fp32", "weight_ptr": "*fp32", "largest_ptr": "*i32"}
+TABLE = dict.fromkeys(("w_ptrs", "counts_ptr", "sums_ptr", "q_at_ptr"), "*i64")
+TABLE |= dict.fromkeys(("matrix_ptr", "first_ptr", "largest_ptr"), "*i32")
+TYPES = {**FLOATS, **BYTES, **HALVES, **SIZES, **TABLE, **dict.fromkeys(("w_ptr", "weight_ptr", "scales_ptr"), "*fp32")}
 
 
 def compiled(fn: Any, arch: int, constants: dict[str, Any], types: dict[str, str] | None = None, **options: Any) -> Any:
@@ -51,6 +53,9 @@ TILES = {"BM": triton_training.TILE, "BN": triton_training.TILE}
 COLUMNS = {"DIVIDE": True, **dict(zip(("BM", "BN"), triton_training.COLUMN_TILE, strict=True))}
 
 
+MATRICES = {"BINARY": True, "CHUNK": triton_levels.CHUNK}
+
+
 def backward(arch: int, k: int) -> Any:
     return compiled(triton_norm.rms_norm_backward_kernel, arch, {"BK": k}, num_warps=triton_norm._warps(k))
 
@@ -70,6 +75,9 @@ KERNELS: dict[str, Callable[[int], Any]] = {
     ),
     "ternary_weight": lambda arch: compiled(triton_training.weight_kernel, arch, {"BINARY": False, **TILES}),
     "binary_weight": lambda arch: compiled(triton_training.weight_kernel, arch, {"BINARY": True, **TILES}),
+    "sums of matrices": lambda arch: compiled(triton_levels.sums_kernel, arch, MATRICES),
+    "scales of matrices": lambda arch: compiled(triton_levels.scales_kernel, arch, {"BINARY": True, "FLOOR": 1e-5}),
+    "levels of matrices": lambda arch: compiled(triton_levels.levels_kernel, arch, {**MATRICES, "BINARY": False}),
 }
 
 
