@@ -21,7 +21,11 @@ class StaticCache(KVCache):
         torch.nn.Module.__init__(self)
         self.keys, self.values, self.first = cache.keys, cache.values, cache.first
         self.span = span
-        self.place = torch.zeros(1, dtype=torch.int64, device=cache.keys.device)
+        self.place: Tensor = torch.zeros(1, dtype=torch.int64, device=cache.keys.device)
+
+    @property
+    def reach(self) -> int:
+        return self.span
 
     def places(self, T: int) -> Tensor:
         assert T == 1

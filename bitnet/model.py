@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if runs_kernels(x):
             from bitnet_kernels.triton_norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
@@ -116,6 +116,8 @@ class KVCache(nn.Module):
         self.register_buffer("values", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("first", None, persistent=False)
         self.length = 0
+        self.place: Tensor | None = None
+        """Where the tokens of this call go, as ``places`` has said."""
 
     @property
     def max_len(self) -> int:
@@ -125,7 +127,13 @@ class KVCache(nn.Module):
         """Where the next T tokens go, int64 (T,). Raises ``ValueError`` when they do not fit."""
         if self.length + T > self.max_len:
             raise ValueError(f"{self.length + T} tokens exceed the limit of {self.max_len}.")
-        return torch.arange(self.length, self.length + T, device=self.keys.device)
+        self.place = torch.arange(self.length, self.length + T, device=self.keys.device)
+        return self.place
+
+    @property
+    def reach(self) -> int:
+        """The most places that one new token may see."""
+        return self.length + 1
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, K) behind the ``length`` tokens already there; return all S = length + T of them."""
@@ -154,6 +162,20 @@ def attends_natively(x: Tensor) -> bool:
     """Whether one token at a time is attended to by the native CPU kernel, in a trained model and in a packed one."""
     eager_cpu = x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
     return eager_cpu and native.library() is not None
+
+
+MOST_IN_ONE_KERNEL = 4096
+"""Places that one program of ``triton_decode`` reads in a row; with more, those of a head should be shared out."""
+
+
+def attends_in_one_kernel(x: Tensor, cache: KVCache) -> bool:
+    """Whether one token at a time is attended to by ``triton_decode``, in a trained model and in a packed one."""
+    return runs_kernels(x) and cache.reach <= MOST_IN_ONE_KERNEL
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether this is eager work without gradients on a GPU, where each kernel less is time won."""
+    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class Attention(nn.Module):
@@ -190,6 +212,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Projections q (B, T, H * K), k and v (B, T, G * K) -> what the heads read, (B, T, H * K)."""
         B, T, _ = q.shape
+        if T == 1 and cache is not None and attends_in_one_kernel(q, cache):
+            from bitnet_kernels import triton_decode
+
+            assert cache.place is not None
+            keys, values = cache.keys[layer], cache.values[layer]
+            q = triton_decode.rotate_and_append(q, k, v, angles, keys, values, cache.place)
+            return triton_decode.attend(q, keys, values, cache.place, cache.first)
         q = q.view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
         k = k.view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
         v = v.view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
@@ -223,7 +252,15 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.ffn_sub_norm(self.activation(self.w1(x)) * self.w3(x)))  # type: ignore[no-any-return]
+        return self.w2(self.ffn_sub_norm(self.gated(self.w1(x), self.w3(x))))  # type: ignore[no-any-return]
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``activation(gate) * up``, (..., F)."""
+        if self.activation is relu2 and runs_kernels(gate):
+            from bitnet_kernels.triton_decode import relu2_gate
+
+            return relu2_gate(gate, up)
+        return self.activation(gate) * up
 
 
 class Block(nn.Module):

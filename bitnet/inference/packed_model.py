@@ -120,7 +120,7 @@ class PackedBlock(Block):
         q, k, v = self._qkv(x)
         x = x + self._wo(self.attention.attend(q, k, v, angles, mask, cache, layer))[0]
         gate, up = self._gate(x)
-        return x + self._w2(self.feed_forward.activation(gate) * up)[0]
+        return x + self._w2(self.feed_forward.gated(gate, up))[0]
 
 
 class PackedTransformer(Transformer):
