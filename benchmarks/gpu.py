@@ -45,6 +45,7 @@ def run_tests(out: Path, dry: bool) -> dict[str, Any]:
         "tests/kernels/test_triton_numbers.py",
         "tests/kernels/test_training_ops.py",
         "tests/kernels/test_triton_levels.py",
+        "tests/kernels/test_triton_decode.py",
         "tests/inference/test_gpu.py",
     ]
     env = environment() | {"TRITON_INTERPRET": "1" if dry else "0"}
