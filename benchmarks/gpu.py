@@ -3,12 +3,14 @@
     python benchmarks/gpu.py --out benchmarks/results [--arena FOLDER]     # on a machine with CUDA
     python benchmarks/gpu.py --out /tmp/dry --dry_run [--arena FOLDER]     # anywhere: the same steps, small, on the CPU
 
-Each step writes its own file and says how it ended; a step that fails does not stop the others, but the exit code is 1.
-Needs torch, triton, numpy, rich, matplotlib, tokenizers and pytest with hypothesis; no network. ``--arena`` takes a
-folder that ``benchmarks/arena.py --prepare`` has made, and trains arena L; it needs lightning and jsonargparse, too.
+Each step is a process of its own, writes its own files and says how it ended; one that fails, or takes longer than
+``--limit``, does not stop the others, but the exit code is 1. Needs torch, triton, numpy, rich, matplotlib, tokenizers,
+lightning, jsonargparse and pytest with hypothesis; no network. ``--arena`` takes a folder that ``benchmarks/arena.py
+--prepare`` has made, and trains arena L.
 """
 
 import argparse
+import collections
 import datetime
 import functools
 import json
@@ -125,6 +127,60 @@ def decode_whole_model(out: Path, dry: bool) -> dict[str, Any]:
     return figures
 
 
+def profile(out: Path, dry: bool) -> dict[str, Any]:
+    """Which kernels a training step and a decoded token are made of, and how long the GPU is busy with them."""
+    import torch
+
+    from bitnet.config import ModelConfig, OptimConfig
+    from bitnet.generation import prefill
+    from bitnet.graph import GraphDecoder
+    from bitnet.inference.bench import random_packed
+    from bitnet.training.bench import Contestant
+
+    device = "cpu" if dry else "cuda"
+    kind = torch.autograd.DeviceType.CPU if dry else torch.autograd.DeviceType.CUDA
+    activity = torch.profiler.ProfilerActivity.CPU if dry else torch.profiler.ProfilerActivity.CUDA
+    figures, lines = {}, []
+
+    def look(name: str, work: Callable[[], Any]) -> None:
+        for _ in range(3):
+            work()
+        start = time.perf_counter()
+        int(work())  # waits for the GPU
+        wall = time.perf_counter() - start
+        with torch.profiler.profile(activities=[activity]) as found:
+            int(work())
+        counts: collections.Counter[str] = collections.Counter()
+        times: collections.Counter[str] = collections.Counter()
+        for event in found.events():
+            if event.device_type == kind:
+                counts[event.name] += 1
+                times[event.name] += event.cpu_time_total if dry else event.device_time_total
+        figures[name] = {"wall_ms": wall * 1e3, "kernels": counts.total(), "busy_ms": times.total() / 1e3}
+        lines.append(f"{name}: {figures[name]}")
+        lines.extend(f"{us / 1e3:9.3f} ms {counts[n]:6} x  {n[:120]}" for n, us in times.most_common(25))
+
+    sizes = SHAPES["125m"] if not dry else {"dim": 64, "n_layers": 1, "n_heads": 4, "ffn_dim": 128, "rows": 1}
+    given = {key: value for key, value in sizes.items() if key != "rows"}
+    vocab, rows, tokens = (512, 1, 64) if dry else (8192, 16, 512)
+    config = ModelConfig(vocab_size=vocab, max_seq_len=tokens, **given)
+    ids = torch.randint(vocab, (rows, tokens + 1), device=device)
+    batch = {"inputs": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
+    for name in ("float", "ternary"):
+        contestant = Contestant(name, config, OptimConfig(kind="muon"), device, False)
+        look(f"a step of {name}", functools.partial(contestant.step, batch, not dry))
+        del contestant
+    with torch.inference_mode():
+        model = random_packed(ModelConfig(**(SMALL if dry else BITNET_2B)), "ternary", "int8").to(device)
+        cache = model.new_cache(1, 64)
+        prefill(model, torch.zeros(1, 4, dtype=torch.int64, device=device), cache)
+        decode = GraphDecoder(model, cache)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        look("a token of the 2B shape", lambda: decode(token).argmax())
+    (out / "profile.txt").write_text("\n".join(lines) + "\n")
+    return figures
+
+
 SHAPES = {
     "30m": {"dim": 640, "n_layers": 6, "n_heads": 10, "ffn_dim": 1792, "rows": 16},
     "125m": {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "rows": 8},
@@ -179,6 +235,7 @@ STEPS: dict[str, Callable[[Path, bool], Any]] = {
     "kernels": bench_kernels,
     "decode": decode_whole_model,
     "train": train_steps,
+    "profile": profile,
     "torchao": functools.partial(train_peer, name="torchao"),
     "onebitllms": functools.partial(train_peer, name="onebitllms"),
     "tuned": functools.partial(bench_kernels, tune=True),
@@ -187,37 +244,54 @@ STEPS: dict[str, Callable[[Path, bool], Any]] = {
 }
 
 
+def run_step(name: str, step: Callable[[Path, bool], Any], out: Path, dry: bool) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        found = dict(step(out, dry))
+    except Exception as error:
+        found = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    print(f"{name}: {json.dumps(found)[:600]}", flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--dry_run", action="store_true", help="small shapes on the CPU: does every step run?")
     parser.add_argument("--steps", help="which steps (default: all that are possible)")
     parser.add_argument("--arena", type=Path, help="text of arena L, made by 'arena.py --prepare'")
+    parser.add_argument("--limit", type=int, default=65, help="most seconds of a step; arena has four times as long")
     args = parser.parse_args()
     steps = {**STEPS, **({"arena": functools.partial(arena_l, args.arena.resolve())} if args.arena else {})}
+    names = args.steps.split(",") if args.steps else list(steps)
+    if unknown := [name for name in names if name not in steps]:
+        parser.error(f"--steps {unknown[0]}: must be some of {', '.join(steps)} (arena: with --arena)")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     import torch
 
-    device = "cpu (dry run)" if args.dry_run else torch.cuda.get_device_name()
     report: dict[str, Any] = {
-        "device": device,
+        "device": "cpu (dry run)" if args.dry_run else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
-    failed = False
-    for name in args.steps.split(",") if args.steps else steps:
-        start = time.perf_counter()
-        try:
-            report[name] = steps[name](args.out, args.dry_run)
-        except Exception as error:
-            report[name] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
-            failed = True
-        report[name]["seconds"] = round(time.perf_counter() - start, 1)
-        print(f"{name}: {json.dumps(report[name])[:600]}", flush=True)
-        (args.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    return int(failed)
+    file = args.out / "gpu.json"
+    for name in names:
+        if len(names) == 1:
+            report[name] = run_step(name, steps[name], args.out, args.dry_run)
+        else:
+            asked = [*sys.argv[1:], "--steps", name]
+            try:
+                limit = args.limit * (4 if name == "arena" else 1)
+                subprocess.run([sys.executable, __file__, *asked], timeout=limit, env=environment())
+                report[name] = json.loads(file.read_text())[name]
+            except subprocess.TimeoutExpired:
+                report[name] = {"failed": f"took longer than {limit} s"}
+                print(f"{name}: {report[name]['failed']}", flush=True)
+        file.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any("failed" in report[name] for name in names))
 
 
 if __name__ == "__main__":

@@ -76,3 +76,13 @@ def test_processes_that_share_a_row_count_it_once() -> None:
     sharing._device_mesh = mesh
     assert data_parallel_size(SimpleNamespace(distributed_sampler_kwargs=sharing.distributed_sampler_kwargs)) == 2
     assert data_parallel_size(SimpleNamespace(distributed_sampler_kwargs=None)) == 1
+
+
+@pytest.mark.parametrize(
+    "name, peak", [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("Unheard-of 9", None)]
+)
+def test_the_peak_of_a_gpu_or_no_word_about_it(name: str, peak: float | None, monkeypatch) -> None:
+    """Of the data sheet; a warning would fail this test."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    found = speed.peak_flops(torch.device("cuda:0"))
+    assert found == peak if peak is None else found == pytest.approx(peak, rel=1e-3)

@@ -106,7 +106,9 @@ def check_names(names: list[str]) -> None:
             raise UserError(f"--compare {name}: must be one of {known}, {', '.join(PEERS)}.")
 
 
-class _Contestant:
+class Contestant:
+    """A model as it is trained under ``name``, and the steps that are taken with it."""
+
     def __init__(self, name: str, config: ModelConfig, optim: OptimConfig, device: str, compiled: bool) -> None:
         self.name, self.compiled = name, compiled
         torch.manual_seed(0)
@@ -216,7 +218,7 @@ def measure(
     progress: Callable[..., None] = lambda **_: None,
 ) -> list[Step]:
     """Steps of all ``names`` in turn; two of each are not counted."""
-    contestants = [_Contestant(name, config, optim, device, compiled) for name in names]
+    contestants = [Contestant(name, config, optim, device, compiled) for name in names]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (rows, seq_len + 1), generator=generator).to(device)
     batch = {"inputs": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}

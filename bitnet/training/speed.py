@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from typing import Any
 
 import lightning as L
@@ -9,12 +10,19 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from bitnet.estimate import flops_per_token
+from bitnet.scaling import GPUS
 from bitnet.training.strategies import data_parallel_size
 
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOPs per second of the device's bf16 matrix units; None where nobody knows them."""
-    return get_available_flops(device, torch.bfloat16) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    if "H200" in torch.cuda.get_device_name(device):  # the processor of an H100, which Lightning does not know
+        return GPUS["h100"].bf16
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FLOPs not found")  # the figure is left out, then
+        return get_available_flops(device, torch.bfloat16)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -86,7 +86,7 @@ def test_scales_and_gradients_are_those_of_a_cpu() -> None:
     found = []
     for norm in (on_cpu.norm, on_gpu.norm):
         device = norm.weight.device
-        inputs = x.to(device).requires_grad_()
+        inputs = x.clone().to(device).requires_grad_()
         (norm(inputs) * torch.arange(256, device=device)).sum().backward()
         found.append((inputs.grad.cpu(), norm.weight.grad.cpu()))
     for one, other in zip(*found, strict=True):
