@@ -30,6 +30,20 @@ LARGEST = tl.constexpr(2.0**22)
 
 
 @triton.jit
+def level_of(w, statistic, BINARY: tl.constexpr):
+    """int8: ``clamp(round(w * statistic), -1, 1)``, or 1 where w > statistic, else -1; what is not finite gives 0."""
+    if BINARY:
+        finite = tl.abs(statistic) < float("inf")
+        q = tl.where(finite, tl.where(w > statistic, 1, -1), 0)
+    else:
+        scaled = w * statistic
+        # Clamped before it is rounded, which is the same; NaN goes to 0.
+        scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -1.0), 1.0), 0.0)
+        q = rounded(scaled, 1.0, scaled == scaled)
+    return q.to(tl.int8)
+
+
+@triton.jit
 def _chunk(w_ptrs, counts_ptr, matrix_ptr, first_ptr, CHUNK: tl.constexpr):
     """The matrix of this program, places in it, which of them exist, and the weights there."""
     program = tl.program_id(0)
@@ -91,14 +105,8 @@ def levels_kernel(
 ):
     matrix, at, ok, w = _chunk(w_ptrs, counts_ptr, matrix_ptr, first_ptr, CHUNK)
     statistic = tl.load(scales_ptr + 2 * matrix + BINARY)
-    if BINARY:
-        q = tl.where(statistic == statistic, tl.where(w > statistic, 1, -1), 0)
-    else:
-        scaled = w * statistic
-        # Clamped before it is rounded, which is the same; NaN goes to 0.
-        scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -1.0), 1.0), 0.0)
-        q = rounded(scaled, 1.0, scaled == scaled)
-    tl.store(q_ptr + tl.load(q_at_ptr + matrix) + at, q.to(tl.int8), mask=ok)
+    q = level_of(w, statistic, BINARY)
+    tl.store(q_ptr + tl.load(q_at_ptr + matrix) + at, q, mask=ok)
 
 
 @dataclass(frozen=True, kw_only=True)

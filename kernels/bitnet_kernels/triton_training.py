@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_kernels import triton_norm
+from bitnet_kernels.triton_levels import level_of
 from bitnet_kernels.triton_norm import rounded, scale_of
 
 TILE = 64
@@ -83,16 +84,7 @@ def weight_kernel(
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     ok = (rows < N)[:, None] & (columns < K)[None, :]
     w = tl.load(w_ptr + rows[:, None].to(tl.int64) * W_STRIDE + columns[None, :], mask=ok, other=0.0).to(tl.float32)
-    statistic = tl.load(statistic_ptr)
-    if BINARY:
-        finite = tl.abs(statistic) < float("inf")
-        q = tl.where(finite, tl.where(w > statistic, 1, -1), 0)
-    else:
-        scaled = w * statistic
-        # Clamped before it is rounded, which is the same; NaN goes to 0.
-        scaled = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -1.0), 1.0), 0.0)
-        q = rounded(scaled, 1.0, scaled == scaled)
-    q = q.to(tl.int8)
+    q = level_of(w, tl.load(statistic_ptr), BINARY)
     tl.store(q_ptr + rows[:, None].to(tl.int64) * K + columns[None, :], q, mask=ok)
     _store_transposed(q, q_t_ptr, rows, columns, N, K)
 
