@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -282,14 +283,18 @@ def main() -> int:
         if len(names) == 1:
             report[name] = run_step(name, steps[name], args.out, args.dry_run)
         else:
-            asked = [*sys.argv[1:], "--steps", name]
+            file.unlink(missing_ok=True)
+            limit = args.limit * (4 if name == "arena" else 1)
+            command = [sys.executable, __file__, *sys.argv[1:], "--steps", name]
+            step = subprocess.Popen(command, env=environment(), start_new_session=True)
             try:
-                limit = args.limit * (4 if name == "arena" else 1)
-                subprocess.run([sys.executable, __file__, *asked], timeout=limit, env=environment())
-                report[name] = json.loads(file.read_text())[name]
+                code = step.wait(limit)
+                report[name] = json.loads(file.read_text())[name] if file.exists() else {"failed": f"exit code {code}"}
             except subprocess.TimeoutExpired:
+                os.killpg(step.pid, signal.SIGKILL)  # with its own processes, which would disturb the next step
                 report[name] = {"failed": f"took longer than {limit} s"}
-                print(f"{name}: {report[name]['failed']}", flush=True)
+            if "failed" in report[name]:
+                print(f"{name}: {report[name]['failed'][:600]}", flush=True)
         file.write_text(json.dumps(report, indent=1) + "\n")
     return int(any("failed" in report[name] for name in names))
 

@@ -1,17 +1,18 @@
 """Decoding on a GPU as a CUDA graph: one launch a token instead of hundreds.
 
 A graph replays the same kernels on the same addresses, so nothing in it may depend on a Python number that changes.
-``StaticCache`` keeps the place of the next token in a tensor and attends to a fixed number of places, masking
-those that are still empty. One graph is captured for each power of two of places, when the sequence first needs it.
+``StaticCache`` keeps the place of the next token in a tensor. The kernel that attends to up to ``MOST_IN_ONE_KERNEL``
+places reads it there, so one graph does for all of them. Beyond, torch's attention sees a fixed number of places, with
+those masked that are still empty, and one graph is captured for each power of two, when the sequence first needs it.
 """
 
 import torch
 from torch import Tensor
 
-from bitnet.model import KVCache, Transformer
+from bitnet.model import MOST_IN_ONE_KERNEL, KVCache, Transformer
 
 SMALLEST = 128
-"""Places of the first graph."""
+"""Places of the first step where torch attends."""
 
 
 class StaticCache(KVCache):
@@ -60,7 +61,8 @@ class GraphDecoder:
     def __call__(self, token: Tensor) -> Tensor:
         if self.cache.length >= self.cache.max_len:
             raise ValueError(f"{self.cache.length + 1} tokens exceed the limit of {self.cache.max_len}.")
-        span = min(max(SMALLEST, 1 << self.cache.length.bit_length()), self.cache.max_len)
+        smallest = MOST_IN_ONE_KERNEL if self.cache.keys.is_cuda else SMALLEST
+        span = min(max(smallest, 1 << self.cache.length.bit_length()), self.cache.max_len)
         self.token.copy_(token)
         if span not in self._steps:
             self._steps[span] = self._capture(span)

@@ -174,8 +174,8 @@ def attends_in_one_kernel(x: Tensor, cache: KVCache) -> bool:
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether this is eager work without gradients on a GPU, where each kernel less is time won."""
-    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether this is eager work without gradients on one GPU, where each kernel less is time won."""
+    return type(x) is Tensor and x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class Attention(nn.Module):

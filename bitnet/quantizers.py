@@ -51,7 +51,7 @@ def exact_sums(values: Tensor) -> Tensor:
 def mean_of(sums: Tensor, count: int) -> Tensor:
     """Float32 mean, rounded once, of ``count`` elements whose ``exact_sums`` are ``sums`` (2,)."""
     total = sums[0] * 2.0**26 + sums[1]
-    # A GPU would multiply by the reciprocal of a plain number: another last bit than a CPU's.
+    # An eager GPU would multiply by the reciprocal of a plain number: another last bit than a CPU's.
     return (total / torch.full_like(total, GRID * count)).to(torch.float32)
 
 

@@ -11,9 +11,11 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from docstring_parser.attrdoc import AttributeDocstrings
 
 from bitnet.config import ModelConfig
 from bitnet.training.cli import main as fit
@@ -34,6 +36,22 @@ def one_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One thread is faster on small matrices; prepared tokens go to a folder of this test run."""
     torch.set_num_threads(1)
     os.environ["BITNET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def docstrings_are_parsed_once() -> Iterator[None]:
+    """Every command line reads the sources of all classes that it can make, a third of what a short run takes."""
+    read = AttributeDocstrings.get_attr_docs
+    found: dict[object, dict[str, Any]] = {}
+
+    def kept(self: AttributeDocstrings, component: object) -> dict[str, Any]:
+        if component not in found:
+            found[component] = read(self, component)
+        return found[component]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttributeDocstrings, "get_attr_docs", kept)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -190,9 +190,9 @@ class BitLinear(nn.Linear):
 
     def hold(self, held: bool) -> None:
         """Promise (or stop promising) that the weight will not change, so that its quantized form can be reused."""
-        self._held = held
-        if not held:
+        if not (held and self._held):
             self._levels = None
+        self._held = held
 
     @property
     def holds_nothing(self) -> bool:

@@ -4,17 +4,19 @@ Asked one after another, each layer has its weight quantized by kernels of its o
 longer than computing takes the GPU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from bitnet.layers.bit_linear import BitLinear
 from bitnet.layers.integer_products import Levels
 
 
-def quantize_together(layers: Iterable[BitLinear]) -> None:
-    """Let the ``layers`` that are about to need levels, and keep them (``hold``), have them. Off a GPU there are none.
+def hold_levels(layers: Collection[BitLinear]) -> None:
+    """From here to ``release_levels`` no weight changes: let each be quantized once, on a GPU all of them now.
 
     A layer whose gradient reads levels transposed makes them itself.
     """
+    for layer in layers:
+        layer.hold(True)
     waiting = [
         layer
         for layer in layers
@@ -31,3 +33,9 @@ def quantize_together(layers: Iterable[BitLinear]) -> None:
             parts, scales = quantize_matrices([layer.weight.detach() for layer in group], kind == "binary")
             for layer, q, inv_scale in zip(group, parts, scales[:, 0].unbind(), strict=True):
                 layer.keep(Levels(q, inv_scale))
+
+
+def release_levels(layers: Collection[BitLinear]) -> None:
+    """Weights may change again."""
+    for layer in layers:
+        layer.hold(False)

@@ -8,32 +8,11 @@ in registers, so it finds the row's scale and writes its int8 form too; the laye
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitnet.layers.bit_linear import BitLinear
 from bitnet.layers.integer_products import Rows, keep_rows
-from bitnet_kernels.training_ops import norm_quantize, rms_norm_backward
-
-
-class _NormedRows(torch.autograd.Function):
-    """x (..., K), weight (K,) -> y (..., K), its int8 rows (M, K), their scales (M,), and the rows transposed or ()."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, transposed: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        y, q, inv_scale, rstd, q_t = norm_quantize(rows, weight, eps, transposed)
-        ctx.save_for_backward(rows, weight, rstd)
-        ctx.mark_non_differentiable(q, inv_scale, q_t)
-        return y.view(x.shape), q, inv_scale, q_t
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
-        rows, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = rms_norm_backward(grad.reshape(rows.shape), rows, weight, rstd)
-        return grad_x.view(grad.shape), grad_weight, None, None
+from bitnet_kernels.rms_norm import norm_and_rows
 
 
 def norm_with_rows(
@@ -46,10 +25,10 @@ def norm_with_rows(
     """
     kept = reader is None or (reader.phase == "low-bit" and _reads_rows(reader))
     transposed = transposed and kept
-    y, q, inv_scale, q_t = _NormedRows.apply(x, weight, eps, transposed)  # type: ignore[no-untyped-call]
+    y, q, inv_scale, q_t = norm_and_rows(x, weight, eps, transposed)
     if kept:
         keep_rows(y, 8, Rows(q, inv_scale.view(-1, 1), None, q_t if transposed else None))
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def _reads_rows(layer: Any) -> bool:

@@ -28,7 +28,7 @@ from bitnet.config import ModelConfig, OptimConfig
 from bitnet.errors import UserError
 from bitnet.estimate import flops_per_token
 from bitnet.layers import Arithmetic, BitLinear, integer_products, low_bit_layers, swap_linears
-from bitnet.layers.levels_together import quantize_together
+from bitnet.layers.levels_together import hold_levels, release_levels
 from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import next_token_loss
 from bitnet.model import Transformer
@@ -67,8 +67,7 @@ def _low_bit(name: str, model: Transformer) -> None:
     forward: Any = "int8" if gradient else "auto"
     for layer in low_bit_layers(model).values():
         layer.arithmetic = Arithmetic(forward=forward, input_gradient=how, weight_gradient=how)
-    if gradient:
-        fuse_norms(model.layers)
+    fuse_norms(model.layers)
 
 
 def _torchao(model: Transformer) -> None:
@@ -131,14 +130,11 @@ class Contestant:
 
     def step(self, batch: dict[str, Tensor], bf16: bool) -> Tensor:
         layers = low_bit_layers(self.model).values()
-        holds = batch["inputs"].is_cuda and not self.compiled  # as while training
-        for layer in layers:
-            layer.hold(holds)
-        quantize_together(layers)
+        if batch["inputs"].is_cuda and not self.compiled:  # as while training
+            hold_levels(layers)
         loss = self.forward(batch, bf16)
         loss.backward()
-        for layer in layers:
-            layer.hold(False)
+        release_levels(layers)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -180,7 +176,7 @@ class Contestant:
 
 @contextmanager
 def _watching_quantizers(device: str) -> Iterator[Callable[[], float]]:
-    """Seconds spent in ``BitLinear.levels`` and in ``activation_rows`` inside the block."""
+    """Seconds spent in ``BitLinear.levels``, ``hold_levels`` and ``activation_rows`` inside the block."""
     spent = 0.0
 
     def timed(function: Any) -> Any:
@@ -200,6 +196,7 @@ def _watching_quantizers(device: str) -> Iterator[Callable[[], float]]:
     with (
         mock.patch.object(BitLinear, "levels", timed(BitLinear.levels)),
         mock.patch("bitnet.layers.bit_linear.activation_rows", timed(integer_products.activation_rows)),
+        mock.patch("bitnet.training.bench.hold_levels", timed(hold_levels)),
     ):
         yield lambda: spent
 

@@ -15,7 +15,7 @@ from bitnet.data.calibration import spaced_batches
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import UserError
 from bitnet.layers import Arithmetic, low_bit_layers
-from bitnet.layers.levels_together import quantize_together
+from bitnet.layers.levels_together import hold_levels, release_levels
 from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
@@ -144,8 +144,7 @@ class LitBitNet(L.LightningModule):
         model.loss_chunk, model.recomputes_blocks = self.loss_chunk, self.activation_checkpointing
         for layer in low_bit_layers(model).values():
             layer.arithmetic = self.arithmetic
-        if self.arithmetic.forward == "int8":
-            fuse_norms(model.layers)
+        fuse_norms(model.layers)
         if self.is_spread:
             from bitnet.training.parallel import shard_model  # slow to import, and seldom needed
 
@@ -229,9 +228,9 @@ class LitBitNet(L.LightningModule):
         self._apply_stage(self.transformer)
         if self.is_spread:
             self._refresh_spread()
-        elif self.trainer.accumulate_grad_batches > 1 or (self.device.type == "cuda" and not self.compile_blocks):
-            self._hold_quantized(True)
-            quantize_together(low_bit_layers(self.transformer).values())
+        elif not self.compile_blocks and (self.trainer.accumulate_grad_batches > 1 or self.device.type == "cuda"):
+            # Compiled layers keep nothing; on a GPU all weights are quantized at once.
+            hold_levels(low_bit_layers(self.transformer).values())
 
     @property
     def is_spread(self) -> bool:
@@ -249,12 +248,7 @@ class LitBitNet(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.steps_now = True
-        self._hold_quantized(False)
-
-    def _hold_quantized(self, hold: bool) -> None:
-        """From the first batch of a step to the optimizer no weight changes, so each is quantized once."""
-        for layer in low_bit_layers(self.transformer).values():
-            layer.hold(hold)
+        release_levels(low_bit_layers(self.transformer).values())
 
     def configure_gradient_clipping(
         self,

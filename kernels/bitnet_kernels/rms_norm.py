@@ -55,22 +55,34 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(grad.shape), grad_weight.sum(0), None
 
 
-class _RMSNormOnGpu(torch.autograd.Function):
+class _NormAndRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, transposed: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        y, _, _, rstd, _ = norm_quantize(rows, weight, eps)
+        y, q, inv_scale, rstd, q_t = norm_quantize(rows, weight, eps, transposed)
         ctx.save_for_backward(rows, weight, rstd)
-        return y.view(x.shape)
+        ctx.mark_non_differentiable(q, inv_scale, q_t)
+        return y.view(x.shape), q, inv_scale, q_t
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
         rows, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = rms_norm_backward(grad.reshape(rows.shape), rows, weight, rstd)
-        return grad_x.view(grad.shape), grad_weight, None
+        return grad_x.view(grad.shape), grad_weight, None, None
+
+
+def norm_and_rows(x: Tensor, weight: Tensor, eps: float, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (..., K), weight (K,) -> y (..., K), differentiable; its int8 rows (M, K), their scales (M,), and the rows
+    transposed (K, M) or an empty tensor: by the operators of a GPU."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _NormAndRows.apply(x, weight, eps, transposed)  # type: ignore[no-untyped-call]
+    return found
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., K) over its root mean square, times weight (K,); differentiable. See ``takes``."""
-    y: Tensor = (_RMSNormOnGpu if x.is_cuda else _RMSNorm).apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    if x.is_cuda:
+        return norm_and_rows(x, weight, eps, False)[0]
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

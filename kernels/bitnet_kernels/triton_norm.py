@@ -3,7 +3,8 @@
 ``rms_norm``, ``rms_norm_quantize`` and ``norm_quantize`` run one compiled kernel and differ in what they take from it.
 The compiler lays a row over threads as its widest store likes it, and the sum of squares is added up in that layout's
 order: a kernel without the store of int8 gives other last bits. So a model as trained, which wants the norm's result,
-has the rounding done too, to no use; and whether the result is stored is decided while the kernel runs.
+has the rounding done too, to no use; and whether the result is stored is decided while the kernel runs. (One compiled
+kernel for rows of one alignment: whoever compares bits gives both sides rows that lie one after another.)
 """
 
 from typing import NamedTuple

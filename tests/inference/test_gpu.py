@@ -12,7 +12,7 @@ from bitnet.generation import prefill
 from bitnet.graph import GraphDecoder
 from bitnet.inference.packing import pack
 from bitnet.layers import Arithmetic, low_bit_layers
-from bitnet.layers.levels_together import quantize_together
+from bitnet.layers.levels_together import hold_levels, release_levels
 from tests.inference.conftest import low_bit_model
 
 pytestmark = [
@@ -66,13 +66,11 @@ def test_the_training_forward_is_bit_equal_too(weight: str) -> None:
     for forward in ("auto", "int8"):
         for layer in layers:
             layer.arithmetic = Arithmetic(forward=forward)
-            layer.hold(True)
-        quantize_together(layers)
+        hold_levels(layers)
         assert all(not layer.holds_nothing for layer in layers)
         logits = model(tokens)
         logits.sum().backward()
-        for layer in layers:
-            layer.hold(False)
+        release_levels(layers)
         assert torch.equal(logits, expected), forward
 
 

@@ -18,24 +18,32 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
 
 
-def compile_in_a_process(script: str, cache: Path) -> list[dict[str, Any]]:
-    """What a script of this folder prints: in this process Triton interprets, and so cannot compile."""
+SCRIPTS = ("compile_ahead", "compile_training")
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What the scripts of this folder print, side by side: in this process Triton interprets, and so cannot compile."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    env["TRITON_CACHE_DIR"] = str(cache)
-    done = subprocess.run([sys.executable, "-m", f"tests.kernels.{script}"], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    running = [
+        subprocess.Popen([sys.executable, "-m", f"tests.kernels.{script}"], text=True, env=env, stdout=subprocess.PIPE)
+        for script in SCRIPTS
+    ]
+    said = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    return [[json.loads(line) for line in lines.splitlines()] for lines in said]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return compile_in_a_process("compile_ahead", tmp_path_factory.mktemp("triton"))
+@pytest.fixture
+def compiled(printed) -> list[dict[str, Any]]:
+    return printed[0]
 
 
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return compile_in_a_process("compile_training", tmp_path_factory.mktemp("triton"))
+@pytest.fixture
+def training(printed) -> list[dict[str, Any]]:
+    return printed[1]
 
 
 def test_all_were_compiled(compiled) -> None:
@@ -77,9 +85,10 @@ def test_no_multiply_and_add_is_fused(compiled, training) -> None:
 
 def test_training_kernels(training) -> None:
     """All of them for all architectures; products by the matrix unit, with copies of 16 bytes; shared memory fits."""
-    assert len(training) == 4 * 12
+    assert len(training) == 4 * 15
     for row in training:
-        assert row["copies_of_16_bytes"] > 0, row
+        # Where many matrices lie is read from a table, so nobody knows that they are aligned.
+        assert row["copies_of_16_bytes"] > 0 or row["kernel"].endswith("of matrices"), row
         assert row["shared"] <= SHARED_KB[row["arch"]] * 1024, row
         if "int8_matmul" in row["kernel"]:
             tile = int8_tile(row["arch"], 64 if "64 rows" in row["kernel"] else 4096)
