@@ -125,7 +125,7 @@ def test_seconds_are_those_of_the_whole_run(texts, tmp_path, run_fit, capsys) ->
     first = seconds()
     for _ in range(2):  # nothing is left to do
         run_fit(texts, tmp_path / "run", "--trainer.max_steps=30", "--ckpt_path=last")
-        assert seconds() >= first - 0.2 > 0  # the last validation comes behind the last checkpoint
+        assert seconds() > 0.7 * first > 0  # the last validation comes behind the last checkpoint
     assert ", 30 in" in capsys.readouterr().out
 
 

@@ -31,6 +31,7 @@ def test_smoothing(parent: Transformer) -> None:
     assert found["llm_int8"] < 1.02 * exact < found["rtn_w8a8"]
 
 
+@pytest.mark.slow
 def test_training_the_linears_alone(parent: Transformer) -> None:
     found = toy.qat(parent, 0)
     assert found["minmax_recovered"] > 0.6 and found["learned_recovered"] > 0.6
@@ -54,6 +55,7 @@ def test_text_of_its_own(parent: Transformer) -> None:
     assert hybrid > found["hybrid_hard"]
 
 
+@pytest.mark.slow
 def test_adapters(parent: Transformer) -> None:
     found = toy.adapters(parent, 0)
     for name in ("nf2", "unif2"):
