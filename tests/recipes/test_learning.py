@@ -10,6 +10,8 @@ from bitnet.model import Transformer
 
 Figures = dict[str, float]
 
+pytestmark = pytest.mark.slow  # the parent alone trains for minutes
+
 
 def test_rounding(parent: Transformer) -> None:
     found = toy.rounding(parent, 0)
@@ -31,7 +33,6 @@ def test_smoothing(parent: Transformer) -> None:
     assert found["llm_int8"] < 1.02 * exact < found["rtn_w8a8"]
 
 
-@pytest.mark.slow
 def test_training_the_linears_alone(parent: Transformer) -> None:
     found = toy.qat(parent, 0)
     assert found["minmax_recovered"] > 0.6 and found["learned_recovered"] > 0.6
@@ -46,7 +47,6 @@ def test_blocks_then_scales(parent: Transformer) -> None:
     assert found["efficient_qat"] < found["peqa"] < found["rtn"]
 
 
-@pytest.mark.slow
 def test_text_of_its_own(parent: Transformer) -> None:
     found = toy.llm_qat(parent, 0)
     hybrid = found["hybrid_soft"]
@@ -55,7 +55,6 @@ def test_text_of_its_own(parent: Transformer) -> None:
     assert hybrid > found["hybrid_hard"]
 
 
-@pytest.mark.slow
 def test_adapters(parent: Transformer) -> None:
     found = toy.adapters(parent, 0)
     for name in ("nf2", "unif2"):
