@@ -7,7 +7,6 @@ from bitnet import BitNet, Transformer
 from bitnet.layers import BitLinear, low_bit_layers
 from bitnet.layers.levels_together import hold_levels, release_levels
 from bitnet_kernels.rms_norm import norm_and_rows
-from tests.conftest import tiny_options  # noqa: F401  (sets TRITON_INTERPRET before triton is imported)
 
 pytest.importorskip("triton", reason="triton is not installed")
 

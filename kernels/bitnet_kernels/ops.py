@@ -12,6 +12,8 @@ product of the scales is rounded first; with group scales ``y = 0; y += float32(
 for ascending g, never fused, then ``/ x_inv_scale``. The result is rounded once more to ``out_dtype``.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,11 +100,11 @@ def _check(
     format: str,
     n: int,
     k: int,
-    x_inv_scale: Tensor | None,
-    w_inv_scale: Tensor | None,
-    group_scale: Tensor | None,
-    group_size: int,
-    row_sum: Tensor | None,
+    x_inv_scale: Tensor | None = None,  # torch leaves out what equals the defaults of the schema
+    w_inv_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    group_size: int = 0,
+    row_sum: Tensor | None = None,
 ) -> None:
     layout = FORMATS.get(format)
     if layout is None or not layout.planes:
@@ -176,24 +178,11 @@ def _packed_matmul_cpu(
     return y if y.dtype == dtype else y.to(dtype)
 
 
-def _packed_matmul_cuda(
-    x: Tensor,
-    packed: Tensor,
-    format: str,
-    n: int,
-    k: int,
-    x_inv_scale: Tensor | None = None,
-    w_inv_scale: Tensor | None = None,
-    group_scale: Tensor | None = None,
-    group_size: int = 0,
-    row_sum: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+def _packed_matmul_cuda(*arguments: Any) -> Tensor:
     from bitnet_kernels import triton_matmul
 
-    arguments = (x, packed, format, n, k, x_inv_scale, w_inv_scale, group_scale, group_size, row_sum)
-    _check(*arguments)
-    return triton_matmul.packed_matmul(*arguments, out_dtype)
+    _check(*arguments[:10])
+    return triton_matmul.packed_matmul(*arguments)
 
 
 def _packed_matmul_fake(

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_kernels.triton_norm import rows_of
+
 BLOCK = 64
 """Places of the cache that are read at a time."""
 
@@ -104,11 +106,6 @@ def relu2_gate_kernel(gate_ptr, up_ptr, y_ptr, N, GATE_STRIDE, UP_STRIDE, BN: tl
     tl.store(y_ptr + row * N + n, (squared * up).to(dtype), mask=ok)
 
 
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def rotate_and_append(
     q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, place: Tensor
 ) -> Tensor:
@@ -116,7 +113,7 @@ def rotate_and_append(
 
     ``keys`` and ``values`` (B, G, S, D), with places one after another, are written at ``place``, int64 (1,).
     """
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     cos, sin = (angle.reshape(-1, angle.shape[-1]).contiguous() for angle in angles)
     (batch, groups, _, dim), heads = keys.shape, q.shape[1] // keys.shape[3]
     out = torch.empty(batch, heads, dim, dtype=q.dtype, device=q.device)
@@ -145,7 +142,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, place: Tensor, first: Tensor
 
 def relu2_gate(gate: Tensor, up: Tensor) -> Tensor:
     """``relu(gate)^2 * up`` for (..., F), rounded where torch's three operations round."""
-    rows, others = _rows(gate), _rows(up)
+    rows, others = rows_of(gate), rows_of(up)
     y = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     m, n = rows.shape
     if m and n:

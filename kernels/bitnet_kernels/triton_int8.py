@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitnet_kernels.configurations import Int8Tile, int8_tile
 from bitnet_kernels.triton_matmul import architecture
+from bitnet_kernels.triton_norm import rows_of
 
 
 @triton.jit
@@ -62,10 +63,6 @@ def int8_matmul_kernel(
     tl.store(to, y.to(out_ptr.dtype.element_ty), mask=rows_ok[:, None] & columns_ok[None, :])
 
 
-def _along_k(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def int8_matmul(
     a: Tensor,
     b: Tensor,
@@ -79,7 +76,7 @@ def int8_matmul(
     out = torch.empty(m, n, dtype=out_dtype or torch.float32, device=a.device)
     if m == 0 or n == 0:
         return out
-    a, b, row_inv = _along_k(a), _along_k(b), row_inv_scale.contiguous()
+    a, b, row_inv = rows_of(a), rows_of(b), row_inv_scale.contiguous()
     tile = tile or int8_tile(architecture(a), m)
     int8_matmul_kernel[(-(-m // tile.rows) * -(-n // tile.columns),)](
         a, b, out, row_inv, row_inv if inv_scale is None else inv_scale, m, n, k, a.stride(0), b.stride(0), n,

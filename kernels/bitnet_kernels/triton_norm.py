@@ -125,11 +125,17 @@ def _launch(
     return _Results(q, inv_scale, row_sum, y, r)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K) whose rows lie together."""
     rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = rows_of(x)
     if rows.shape[1] > 65536:
         raise ValueError(f"rows of {rows.shape[1]}: the kernel holds at most 65536 in registers")
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitnet_kernels import triton_norm
 from bitnet_kernels.triton_levels import level_of
-from bitnet_kernels.triton_norm import rounded, scale_of
+from bitnet_kernels.triton_norm import rounded, rows_of, scale_of
 
 TILE = 64
 """Rows and columns of a tile that is transposed: 64 bytes are two sectors of memory in either direction."""
@@ -89,10 +89,6 @@ def weight_kernel(
     _store_transposed(q, q_t_ptr, rows, columns, N, K)
 
 
-def _along_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _tiles(m: int, n: int, rows: int = TILE, columns: int = TILE) -> tuple[int, int]:
     return -(-m // rows), -(-n // columns)
 
@@ -122,7 +118,7 @@ def norm_quantize(
 
 def quantize_columns(x: Tensor, row_inv_scale: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
     """See ``training_ops.quantize_columns``."""
-    x, (m, n) = _along_rows(x), x.shape
+    x, (m, n) = rows_of(x), x.shape
     divide = row_inv_scale is not None
     row_inv = x if row_inv_scale is None else row_inv_scale.contiguous()
     largest = torch.zeros(n, dtype=torch.int32, device=x.device)
@@ -147,7 +143,7 @@ def binary_weight(w: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weight(w: Tensor, statistic: Tensor, binary: bool) -> tuple[Tensor, Tensor]:
-    w, (n, k) = _along_rows(w), w.shape
+    w, (n, k) = rows_of(w), w.shape
     q = torch.empty(n, k, dtype=torch.int8, device=w.device)
     q_t = torch.empty(k, n, dtype=torch.int8, device=w.device)
     weight_kernel[_tiles(n, k)](
