@@ -4,9 +4,9 @@
     python train.py fit --config configs/tiny.yaml --data.path my_texts/
     python train.py fit --config configs/ternary_125m.yaml --config configs/overlays/fsdp.yaml
     python train.py fit --config configs/tiny.yaml --ckpt_path last
-    python train.py fit --help
+    python train.py --help
 
-Every key of the YAML files is an option. See README.md.
+Every key of the YAML files is an option; ``fit`` may be left out. See README.md.
 """
 
 import sys

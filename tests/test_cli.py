@@ -52,6 +52,13 @@ def test_other_commands(capsys, args, message) -> None:
     assert message in error_of(capsys, bitnet(args))
 
 
+def test_train_py_needs_no_subcommand(capsys, tmp_path) -> None:
+    """``python train.py`` trains, so ``python train.py --config tiny`` does, too."""
+    options = tiny_options(tmp_path / "no.txt", tmp_path / "run")[1:]
+    assert f"{tmp_path / 'no.txt'}: no such file or folder" in error_of(capsys, train(options))
+    assert "Did you mean 'config'?" in error_of(capsys, train(["--confg", "tiny"]))
+
+
 def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys) -> None:
     """They take seconds. An import that is interrupted raises from its finder as well as from anywhere else."""
 

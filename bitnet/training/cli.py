@@ -359,8 +359,9 @@ def main(args: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
-    if not args:
-        args = ["fit", "--config", DEFAULT_CONFIG]
+    args = args or ["--config", DEFAULT_CONFIG]
+    if args[0].startswith("-"):  # there is one subcommand; nobody need name it
+        args = ["fit", *args]
     try:
         with ended_by_signals():
             make_cli(_resolve_configs(args))
