@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from benchmarks.arena_runs import text_of
+from bitnet.errors import UserError
 from tests.conftest import ROOT, story_text
 
 HELD_OUT = ("Doyle_Hound_1902", "Trollope_Warden_1855", "Stevenson_Catriona_1893", "Gissing_Women_1893")
@@ -69,7 +71,6 @@ def test_arena_l_from_books_to_a_table(novels: Path, tmp_path: Path) -> None:
     assert "| our ternary | " in done.stdout
 
 
-def test_arena_l_without_its_tokens_is_one_line(novels: Path, tmp_path: Path) -> None:
-    done = arena("--arena", "l", "--novels", novels, "--runs", tmp_path / "runs")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{novels}: no tokens in it; arena L takes a folder that --prepare has made" in done.stderr
+def test_arena_l_wants_a_prepared_folder(novels: Path) -> None:
+    with pytest.raises(UserError, match=f"{novels}: no tokens in it; arena L takes a folder that --prepare has made"):
+        text_of(novels, "l")
