@@ -20,8 +20,14 @@ from ..runs import STREAM, WINDOW, WORKERS, run_digest, run_python
 
 @pytest.mark.parametrize(
     "options",
-    [(), STREAM, WINDOW, (*STREAM, *WINDOW), WORKERS, (*STREAM, *WINDOW, *WORKERS)],
-    ids=["rows", "stream", "window", "both", "rows-workers", "both-workers"],
+    [
+        pytest.param((), id="rows"),
+        pytest.param(STREAM, id="stream"),
+        pytest.param((*STREAM, *WINDOW, *WORKERS), id="both-workers"),
+        pytest.param(WINDOW, id="window", marks=pytest.mark.slow),
+        pytest.param((*STREAM, *WINDOW), id="both", marks=pytest.mark.slow),
+        pytest.param(WORKERS, id="rows-workers", marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_and_resumed_equals_uninterrupted(texts, tmp_path, run_fit, options) -> None:
     steps = 30  # 60 batches of 4 rows an epoch, fewer with accumulation: stops fall inside and between epochs

@@ -45,7 +45,12 @@ def written(opened: Opened, folder: Path, form: str = "compressed-tensors") -> P
 
 @pytest.mark.parametrize(
     "recipe",
-    [RTN(bits=4, symmetric=True), RTN(bits=3, symmetric=True), RTN(bits=8, group_size=0, symmetric=True), RTN(bits=2)],
+    [
+        RTN(bits=3, symmetric=True),
+        RTN(bits=2),
+        pytest.param(RTN(bits=4, symmetric=True), marks=pytest.mark.slow),
+        pytest.param(RTN(bits=8, group_size=0, symmetric=True), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_weights_alone_give_the_same_logits(recipe: Recipe, tmp_path: Path) -> None:
@@ -58,7 +63,7 @@ def test_weights_alone_give_the_same_logits(recipe: Recipe, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "recipe",
     [RTN(bits=8, group_size=0, symmetric=True, activation_bits=8), SmoothQuant(level="o3"),
-     SmoothQuant(weight_scale="channel")],
+     pytest.param(SmoothQuant(weight_scale="channel"), marks=pytest.mark.slow)],
     ids=str,
 )  # fmt: skip
 def test_integer_activations_are_near(recipe: Recipe, tmp_path: Path) -> None:
@@ -126,7 +131,14 @@ def test_what_the_layout_cannot_hold_is_refused(recipe: Recipe, named: str) -> N
         check_form(opened.model, "bitlinear", "float32")
 
 
-@pytest.mark.parametrize("recipe", [QLoRA(rank=4, alpha=8.0), LoftQ(quantizer="uniform", bits=2, rank=4)], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        LoftQ(quantizer="uniform", bits=2, rank=4),
+        pytest.param(QLoRA(rank=4, alpha=8.0), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_adapters_in_peft(recipe: Recipe, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     opened = quantized(recipe)
