@@ -223,6 +223,7 @@ def train_peer(out: Path, dry: bool, name: str) -> Any:
 def arena_l(folder: Path, out: Path, dry: bool) -> dict[str, Any]:
     """Quality at 30 M weights: float, the papers' recipe and ours, one seed each (more: ``benchmarks/arena.py``)."""
     options = ["--arena", "l", "--novels", str(folder), "--rows", "float,plain b1.58,our ternary", "--seeds", "1"]
+    options += ["--jobs", "3"]
     command = [sys.executable, "benchmarks/arena.py", *options, "--out", str(out), *(["--smoke"] if dry else [])]
     with tempfile.TemporaryDirectory() as runs:
         done = subprocess.run([*command, "--runs", runs], cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -262,6 +263,7 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="small shapes on the CPU: does every step run?")
     parser.add_argument("--steps", help="which steps (default: all that are possible)")
     parser.add_argument("--arena", type=Path, help="text of arena L, made by 'arena.py --prepare'")
+    parser.add_argument("--report", type=Path, help="JSON of how each step ended (default: gpu.json in --out)")
     parser.add_argument("--limit", type=int, default=65, help="most seconds of a step; arena has four times as long")
     args = parser.parse_args()
     steps = {**STEPS, **({"arena": functools.partial(arena_l, args.arena.resolve())} if args.arena else {})}
@@ -269,6 +271,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in steps]:
         parser.error(f"--steps {unknown[0]}: must be some of {', '.join(steps)} (arena: with --arena)")
     args.out = args.out.resolve()
+    file = (args.report or args.out / "gpu.json").resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     import torch
 
@@ -278,21 +281,22 @@ def main() -> int:
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
-    file = args.out / "gpu.json"
     for name in names:
         if len(names) == 1:
             report[name] = run_step(name, steps[name], args.out, args.dry_run)
         else:
-            file.unlink(missing_ok=True)
+            part = args.out / f"gpu_{name}.partial"
             limit = args.limit * (4 if name == "arena" else 1)
-            command = [sys.executable, __file__, *sys.argv[1:], "--steps", name]
+            command = [sys.executable, __file__, *sys.argv[1:], "--steps", name, "--report", str(part)]
             step = subprocess.Popen(command, env=environment(), start_new_session=True)
             try:
                 code = step.wait(limit)
-                report[name] = json.loads(file.read_text())[name] if file.exists() else {"failed": f"exit code {code}"}
+                report[name] = json.loads(part.read_text())[name] if part.exists() else {"failed": f"exit code {code}"}
             except subprocess.TimeoutExpired:
                 os.killpg(step.pid, signal.SIGKILL)  # with its own processes, which would disturb the next step
+                step.wait()
                 report[name] = {"failed": f"took longer than {limit} s"}
+            part.unlink(missing_ok=True)
             if "failed" in report[name]:
                 print(f"{name}: {report[name]['failed'][:600]}", flush=True)
         file.write_text(json.dumps(report, indent=1) + "\n")

@@ -19,17 +19,21 @@ OUTERMOST = 0.9677083
 """The probability of the outermost quantile: midway between 1 - 1/30 and 1 - 1/32."""
 
 
-@functools.cache
-def normal_float(bits: int) -> Tensor:
+CPU = torch.device("cpu")
+
+
+@functools.cache  # a copy to a GPU for each use could be no part of a CUDA graph
+@torch.inference_mode(False)
+def normal_float(bits: int, device: torch.device = CPU) -> Tensor:
     """The levels of NF``bits`` in ascending order, float32 (2^bits,)."""
 
     def quantiles(count: int) -> Tensor:
-        probabilities = torch.linspace(OUTERMOST, 0.5, count + 1, dtype=torch.float64)[:-1]
+        probabilities = torch.linspace(OUTERMOST, 0.5, count + 1, dtype=torch.float64, device=CPU)[:-1]
         return torch.special.ndtri(probabilities)  # type: ignore[no-any-return]
 
     half = 2 ** (bits - 1)
-    levels = torch.cat([-quantiles(half - 1), torch.zeros(1, dtype=torch.float64), quantiles(half)])
-    return (levels / levels.max()).float().sort().values
+    levels = torch.cat([-quantiles(half - 1), torch.zeros(1, dtype=torch.float64, device=CPU), quantiles(half)])
+    return (levels / levels.max()).float().sort().values.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class Codebook:
         return Scheme(bits=self.bits, granularity="group", group_size=self.group_size)
 
     def levels(self, device: torch.device) -> Tensor:
-        return normal_float(self.bits).to(device)
+        return normal_float(self.bits, device)
 
     def fit(self, w: Tensor) -> Tensor:
         """Scales of the blocks of ``w`` (N, K), float32 (N, blocks, 1), as they are stored."""

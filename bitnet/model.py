@@ -236,7 +236,8 @@ class Attention(nn.Module):
 
 
 def relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
+    y = F.relu(x)
+    return y * y  # a power would become float32 under CUDA's autocast, and train other numbers than are served
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu2": relu2}
@@ -303,8 +304,6 @@ class Transformer(nn.Module):
     Raises ``ValueError`` when the sequence is longer than the model allows.
     """
 
-    decodes_as_graph = False
-    """Whether a decoding step may be captured: its kernels and addresses must be the same for every token."""
     loss_chunk: int | None = None
     """Tokens whose logits a loss may hold at once (``bitnet.loss``); ``None`` for all."""
     recomputes_blocks = False
@@ -321,6 +320,11 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.tok_embeddings.weight
         self.init_weights()
+
+    @property
+    def decodes_as_graph(self) -> bool:
+        """Whether a decoding step may be captured: its kernels and addresses must be the same for every token."""
+        return False
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal weights; the two matrices that write to the residual stream shrink with depth (GPT-2's rule)."""

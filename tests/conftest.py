@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from docstring_parser.attrdoc import AttributeDocstrings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet.config import ModelConfig
 from bitnet.training.cli import main as fit
@@ -60,6 +61,18 @@ def leaves_the_process_as_it_was() -> Iterator[None]:
     yield
     assert torch.get_num_threads() == 1
     assert not torch.distributed.is_initialized()
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that run in this block, as they are named: ``aten.mul.Tensor``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
 
 
 def story_text(documents: int, seed: int = 0) -> str:

@@ -267,6 +267,20 @@ def test_quantized_weight_is_computed_once_while_held(monkeypatch) -> None:
     assert len(calls) == 4
 
 
+def test_levels_of_a_validation_inside_a_window_are_not_trained_with() -> None:
+    """They are made in inference mode, and Lightning puts ``training`` back without calling ``train()``."""
+    layer, x = make("ternary"), torch.randn(4, 96)
+    layer.hold(True)
+    layer(x).sum().backward()
+    layer.eval()
+    with torch.inference_mode():
+        layer(x)
+    layer.training = True
+    layer.hold(True)
+    assert layer.holds_nothing
+    layer(x).sum().backward()
+
+
 def test_levels_are_packed_where_the_packed_product_reads_them() -> None:
     """Held over a window of accumulation they would take a quarter of a byte per weight for nothing."""
     float_units, float_inputs = make("ternary"), make("ternary")

@@ -139,6 +139,10 @@ def test_a_run_that_began_in_the_meantime_is_not_deleted(stories, tmp_path, monk
     assert [file.name for file in folder.iterdir()] == ["config.yaml"]
 
 
+TEN_MINUTES = ("--trainer.val_check_interval=00:00:10:00",)
+HALVES = ("--trainer.val_check_interval=0.5", "--trainer.check_val_every_n_epoch=1")
+
+
 @pytest.mark.parametrize(
     "options,said",
     [
@@ -147,6 +151,14 @@ def test_a_run_that_began_in_the_meantime_is_not_deleted(stories, tmp_path, monk
             ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=6"],
             "trainer.val_check_interval = 6: counts batches, and must be a multiple of "
             "trainer.accumulate_grad_batches = 4; try 4.",
+        ),
+        *(
+            (
+                ["--trainer.accumulate_grad_batches=4", *options],
+                f"trainer.val_check_interval = {every}: with trainer.accumulate_grad_batches = 4 it must be a "
+                "number of batches, and a multiple of 4.",
+            )
+            for every, options in (("0.5", HALVES), ("a duration", TEN_MINUTES))
         ),
     ],
 )
@@ -161,6 +173,12 @@ def test_runs_without_end_and_validation_inside_a_window_are_refused(stories, tm
 def test_an_interval_beyond_the_end_means_never(stories, tmp_path) -> None:
     options = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=10000", "--trainer.max_steps=1"]
     assert fit([*tiny_options(stories, tmp_path / "run"), *options]) == 0
+
+
+@pytest.mark.parametrize("options", [TEN_MINUTES, HALVES])
+def test_validation_by_the_clock_and_by_parts_of_an_epoch(stories, tmp_path, options) -> None:
+    assert fit([*tiny_options(stories, tmp_path / "run"), *options, "--trainer.max_steps=20"]) == 0
+    assert "val/loss" in json.loads((tmp_path / "run" / "summary.json").read_text())["figures"]
 
 
 def test_one_callback_need_not_be_a_list(stories, tmp_path) -> None:

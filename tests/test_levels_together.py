@@ -8,6 +8,8 @@ from bitnet.layers import BitLinear, low_bit_layers
 from bitnet.layers.levels_together import hold_levels, release_levels
 from bitnet_kernels.rms_norm import norm_and_rows
 
+from .conftest import Recorded
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 
@@ -48,6 +50,15 @@ def test_who_is_left_out(layers) -> None:
     hold_levels(layers)
     assert [layer._levels is not None for layer in layers[:4]] == [False, True, False, True]
     assert layers[3]._levels is not before
+
+
+def test_backward_of_the_norm_clears_nothing_for_its_rows() -> None:
+    """Zeros for the gradients that int8 rows do not have would be three launches for each norm."""
+    x, weight = torch.randn(4, 96, requires_grad=True), torch.ones(96, requires_grad=True)
+    y = norm_and_rows(x, weight, 1e-5, True)[0]
+    with Recorded() as recorded:
+        torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    assert recorded.names and not [name for name in recorded.names if "zeros" in name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,8 @@ import torch
 from bitnet.config import ModelConfig
 from bitnet.model import RMSNorm, Transformer
 
+from .conftest import Recorded
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -83,6 +85,16 @@ def test_logits_equal_transformers(sub_norm, activation, tie) -> None:
     with torch.no_grad():
         a, b = ours(tokens), theirs(tokens).logits
     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_the_gate_is_of_its_inputs_dtype_under_cuda_autocast() -> None:
+    """There a power becomes float32 and a product does not: one would train with other numbers than are served."""
+    config = ModelConfig(vocab_size=61, dim=32, n_layers=1, n_heads=4, ffn_dim=48, activation="relu2")
+    feed_forward, gate, up = Transformer(config).layers[0].feed_forward, torch.randn(3, 48), torch.randn(3, 48)
+    with Recorded() as recorded:
+        y = feed_forward.gated(gate, up)
+    assert {name.split(".")[1] for name in recorded.names} == {"relu", "mul"}
+    assert torch.equal(y, gate.clamp(min=0) ** 2 * up)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

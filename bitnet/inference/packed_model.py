@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.inference.packed_linear import HeadDtype, PackedLinear, QuantizedRows
+from bitnet.layers import quantized_layers
 from bitnet.loss import ReadOut
 from bitnet.model import Block, KVCache, Transformer, attends_natively, rotary_angles, rotary_frequencies
 from bitnet_kernels import FORMATS
@@ -126,12 +127,16 @@ class PackedBlock(Block):
 class PackedTransformer(Transformer):
     """A ``Transformer`` whose low-bit linears are ``PackedLinear`` and whose blocks are ``PackedBlock``."""
 
-    decodes_as_graph = True
     head_dtype: HeadDtype = "float32"
     """How embedding and head are stored."""
     _decoder: Decoder | None = None
     _decoder_is_made = False
     _frequencies: Tensor
+
+    @property
+    def decodes_as_graph(self) -> bool:
+        """Not where a layer asks which of its inputs are outliers: the CPU waits for the answer."""
+        return all(layer.outlier_threshold is None for layer in quantized_layers(self).values())
 
     def join_blocks(self) -> "PackedTransformer":
         """Turn plain blocks into ``PackedBlock``, once their linears are in place."""

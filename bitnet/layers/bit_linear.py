@@ -139,8 +139,8 @@ class BitLinear(nn.Linear):
         self._levels = (self._state(), levels)
 
     def _state(self) -> tuple[Any, ...]:
-        """Changes where a parameter is seen to have changed."""
-        return tuple(
+        """Changes where a parameter is seen to have changed; what is made in inference mode serves there only."""
+        return torch.is_inference_mode_enabled(), *(
             (local_part(p).detach().data_ptr(), p.dtype, p.is_inference() or p._version)
             for p in self.parameters(recurse=False)
         )
@@ -197,7 +197,7 @@ class BitLinear(nn.Linear):
     @property
     def holds_nothing(self) -> bool:
         """Whether the levels would be kept, and are not there yet."""
-        return self._held and self._levels is None
+        return self._held and (self._levels is None or self._levels[0] != self._state())
 
     def train(self, mode: bool = True) -> "BitLinear":
         self._levels = None

@@ -263,8 +263,16 @@ def _check_intervals(trainer: Any) -> None:
     checkpoint that is saved there would count batches as done whose gradients are lost."""
     if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
         raise UserError("trainer.max_steps = -1: the schedule must know where the run ends; give a number of steps.")
-    every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
-    never = 0 <= trainer.max_steps * window < every if isinstance(every, int) else True
+    window = trainer.accumulate_grad_batches
+    every = getattr(trainer, "val_check_interval", "a duration")  # Lightning has none where the clock decides
+    if window == 1 or (isinstance(every, float) and every == 1.0):  # whole epochs end with a step
+        return
+    if not isinstance(every, int):
+        raise UserError(
+            f"trainer.val_check_interval = {every}: with trainer.accumulate_grad_batches = {window} it must be a "
+            f"number of batches, and a multiple of {window}."
+        )
+    never = 0 <= trainer.max_steps * window < every
     if not never and every % window:
         below = every - every % window
         raise UserError(

@@ -101,7 +101,7 @@ class Watch(Callback):
         if not pl_module.steps_now:
             return
         loss, received = torch.stack(self._micro_losses).mean().float(), float(self._interruption.received)
-        figures = torch.stack([loss, pl_module.grad_norm.float(), loss.new_tensor(received)])
+        figures = torch.stack([loss, pl_module.grad_norm.float(), torch.full_like(loss, received)])
         if trainer.world_size > 1:
             everyone = [torch.empty_like(figures) for _ in range(trainer.world_size)]
             torch.distributed.all_gather(everyone, figures)

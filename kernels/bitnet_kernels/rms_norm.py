@@ -64,6 +64,7 @@ class _NormAndRows(torch.autograd.Function):
         y, q, inv_scale, rstd, q_t = norm_quantize(rows, weight, eps, transposed)
         ctx.save_for_backward(rows, weight, rstd)
         ctx.mark_non_differentiable(q, inv_scale, q_t)
+        ctx.set_materialize_grads(False)  # they would be zeros, cleared anew in each backward
         return y.view(x.shape), q, inv_scale, q_t
 
     @staticmethod

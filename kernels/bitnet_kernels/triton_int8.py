@@ -32,7 +32,7 @@ def _tile_of(program, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.conste
     return first + within % height, within // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inv_ptr"])  # one of many scales that lie side by side
 def int8_matmul_kernel(
     a_ptr, b_ptr, out_ptr, row_inv_ptr, inv_ptr, M, N, K, A_STRIDE, B_STRIDE, OUT_STRIDE,
     ONE_SCALE: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

@@ -19,6 +19,9 @@ from torch import Tensor
 from bitnet_kernels.configurations import Shape, Tile, choose
 from bitnet_kernels.formats import BLOCK, FORMATS
 
+MOST_INPUTS = 2**31 - 1
+"""Offsets of inputs are int32: more of them are taken in parts."""
+
 
 def _unpack_asm(bits: int, first: int) -> str:
     """PTX for planes first .. first + 3 of the four packed bytes in a register: shift, and keep `bits` of each byte."""
@@ -244,6 +247,13 @@ def packed_matmul(
     m, planes = x.shape[0], FORMATS[format].planes
     x = x if x.stride(-1) == 1 else x.contiguous()
     packed = packed.contiguous()
+    if m > 1 and m * x.stride(0) > MOST_INPUTS:
+        parts = []
+        for rows in (slice(m // 2), slice(m // 2, m)):
+            x_inv, sums = (None if t is None else t[rows] for t in (x_inv_scale, row_sum))
+            scales = x_inv, w_inv_scale, group_scale, group_size
+            parts.append(packed_matmul(x[rows], packed, format, n, k, *scales, sums, out_dtype, tile, asm))
+        return torch.cat(parts)
     if group_scale is not None:
         return _grouped(x, packed, planes, n, k, x_inv_scale, group_scale, group_size, out_dtype, asm)
     scaled = x_inv_scale is not None

@@ -127,7 +127,7 @@ def _launch(
 
 def rows_of(x: Tensor) -> Tensor:
     """x (..., K) as (M, K) whose rows lie together."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # which rows of nothing could not be
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +46,24 @@ def sample(shape: Shape, planes: int, budget: int) -> list[Tile]:
     return [first, *random.Random(0).sample(others, min(budget - 1, len(others)))]
 
 
+def runnable(tiles: list[Tile], call: Callable[[Tile], object], device: torch.device) -> list[Tile]:
+    """Those of ``tiles`` whose kernel compiles and runs, by ``call``. The first, the shipped one, must."""
+
+    def works(tile: Tile) -> bool:
+        try:
+            call(tile)
+        except Exception:  # more registers or shared memory than this GPU has: the compiler says so in many ways
+            if tile is tiles[0]:
+                raise
+            return False
+        return True
+
+    # A kernel takes a second to compile, most of it outside of Python. A new thread has no CUDA context until it asks.
+    begin = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(os.cpu_count(), initializer=begin) as pool:
+        return [tile for tile, fits in zip(tiles, pool.map(works, tiles), strict=True) if fits]
+
+
 def _fastest(shape: Shape, copies: list[Tensor], format: str, k: int, budget: int) -> Tile:
     """The fastest of ``budget`` candidates for one shape; ``copies`` are packed weights that exceed the cache."""
     from bitnet_kernels import triton_matmul
@@ -62,10 +80,7 @@ def _fastest(shape: Shape, copies: list[Tensor], format: str, k: int, budget: in
             x, w, format, n, k, *scales, row_sum=row_sum, out_dtype=torch.bfloat16, tile=tile
         )
 
-    tiles = sample(shape, FORMATS[format].planes, budget)
-    # A kernel takes a second to compile, most of it outside of Python. A new thread has no CUDA context until it asks.
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        list(pool.map(lambda tile: call(0, tile), tiles))
+    tiles = runnable(sample(shape, FORMATS[format].planes, budget), lambda tile: call(0, tile), device)
     expected = call(0, tiles[0])
     right = {str(tile): tile for tile in tiles if torch.equal(call(0, tile), expected)}
     calls: dict[str, Call] = {name: functools.partial(call, tile=tile) for name, tile in right.items()}

@@ -13,7 +13,7 @@ from bitnet.inference.files import load_packed, save_packed
 from bitnet.inference.packing import pack
 from bitnet.layers import quantized_layers
 from bitnet.model import Transformer
-from bitnet.recipes import GPTQ, RTN, Recipe, SmoothQuant, SpQR
+from bitnet.recipes import GPTQ, RTN, LLMInt8, Recipe, SmoothQuant, SpQR
 from tests.recipes.conftest import random_model, token_batches
 from tests.recipes.test_contract import RECIPES
 
@@ -44,6 +44,12 @@ def test_packed_and_loaded_equals_trained(recipe: Recipe, tokenizer: Tokenizer, 
     loaded(x[:, :9], cache), model(x[:, :9], reference)
     for at in range(9, 20):
         assert torch.equal(loaded(x[:, at : at + 1], cache), model(x[:, at : at + 1], reference))
+
+
+def test_what_looks_at_its_inputs_is_no_graph() -> None:
+    """LLM.int8() asks which columns have outliers: the CPU waits for the answer."""
+    graphs = {str(recipe): pack(finished(recipe)[0]).decodes_as_graph for recipe in (RTN(bits=4), LLMInt8())}
+    assert list(graphs.values()) == [True, False], graphs
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -105,5 +105,19 @@ def test_a_sample_of_candidates_is_from_all_over_the_list() -> None:
     assert len(tuning.sample(shape, 4, 10**6)) == len(list(tuning.candidates(shape, 4)))
 
 
+def test_candidates_that_do_not_compile_are_left_out() -> None:
+    tiles = [Tile(16, 16, 64), Tile(32, 16, 64), Tile(64, 16, 64)]
+
+    def call(tile: Tile) -> None:
+        if tile.rows == broken:
+            raise RuntimeError("out of resources")
+
+    broken = 32
+    assert tuning.runnable(tiles, call, torch.device("cpu")) == [tiles[0], tiles[2]]
+    broken = 16  # the shipped one
+    with pytest.raises(RuntimeError, match="out of resources"):
+        tuning.runnable(tiles, call, torch.device("cpu"))
+
+
 def test_token_buckets() -> None:
     assert [token_bucket(m) for m in (1, 2, 16, 17, 64, 65, 2048)] == [1, 16, 16, 32, 64, 128, 2048]

@@ -30,6 +30,12 @@ NAN, INF = float("nan"), float("inf")
 Run = Callable[..., Any]
 
 
+def test_a_product_over_nothing_is_zero(run: Run) -> None:
+    """The weight gradient of a batch without tokens."""
+    a, b = torch.empty(3, 0, dtype=torch.int8), torch.empty(5, 0, dtype=torch.int8)
+    assert torch.equal(run("int8_matmul", a, b, torch.ones(3)), torch.zeros(3, 5))
+
+
 def _interpreted(name: str, *arguments: Any) -> Any:
     """A kernel, called as the operator on a GPU would call it; products with small tiles, to have several."""
     from bitnet_kernels import triton_int8, triton_norm, triton_training

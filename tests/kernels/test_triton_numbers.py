@@ -101,6 +101,23 @@ def test_group_scales(kernels, format: str, group_size: int) -> None:
     assert torch.equal(y.cpu(), packed_matmul_reference(x, packed, format, k, x_inv, None, scale, group_size))
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_more_inputs_than_offsets_reach_are_taken_in_parts(kernels, grouped: bool, monkeypatch) -> None:
+    matmul, _, device = kernels
+    m, n, k = 37, 5, 300
+    x, w = random_int8(m, k, 1), random_levels("ternary2", n, k, 2)
+    scales = {"x_inv_scale": torch.rand(m, 1) + 0.5}
+    scales |= {"group_scale": torch.rand(n, 3), "group_size": 128} if grouped else {"w_inv_scale": torch.rand(n) + 0.5}
+    expected = packed_matmul_reference(x, FORMATS["ternary2"].pack(w), "ternary2", k, **scales)
+    monkeypatch.setattr(matmul, "MOST_INPUTS", 10 * k)
+    on_device = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in scales.items()}
+    sums = {} if grouped else {"row_sum": x.sum(-1, dtype=torch.int32).to(device)}
+    y = matmul.packed_matmul(
+        x.to(device), FORMATS["ternary2"].pack(w).to(device), "ternary2", n, k, **on_device, **sums
+    )
+    assert torch.equal(y.cpu(), expected)
+
+
 def test_known_row_sums_and_strided_activations(kernels) -> None:
     matmul, _, device = kernels
     wide, w = random_int8(6, 900, 3), random_levels("ternary2", 9, 300, 4)

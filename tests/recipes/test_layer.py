@@ -208,6 +208,11 @@ def test_the_levels_of_nf4_are_the_published_ones() -> None:
     assert normal_float(2).tolist()[1] == 0.0 and len(normal_float(3)) == 8
 
 
+def test_levels_are_brought_to_a_device_once() -> None:
+    """A copy from the CPU cannot be part of a CUDA graph."""
+    assert Codebook().levels(torch.device("meta")) is Codebook().levels(torch.device("meta"))
+
+
 def test_nf4_takes_the_nearest_level_and_errs_as_known() -> None:
     w = torch.randn(256, 512, generator=torch.Generator().manual_seed(1))
     book = Codebook(bits=4, group_size=64)
