@@ -1,5 +1,4 @@
-# Each target makes .venv and installs what is missing; nothing else needs to be typed on a fresh machine. Python compiles
-# what it imports, which is a part of what is installed (--no-compile saves a minute).
+# Each target makes .venv and installs what is missing; nothing else needs to be typed on a fresh machine.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,12 +8,12 @@ LOWEST := .venv-lowest
 
 $(VENV)/.train: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable .
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(VENV)/.train $@
 
 train: $(VENV)/.train

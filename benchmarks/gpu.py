@@ -222,9 +222,9 @@ def train_peer(out: Path, dry: bool, name: str) -> Any:
 
 def arena_l(folder: Path, out: Path, dry: bool) -> dict[str, Any]:
     """Quality at 30 M weights: float, the papers' recipe and ours, one seed each (more: ``benchmarks/arena.py``)."""
-    options = ["--arena", "l", "--novels", str(folder), "--rows", "float,plain b1.58,our ternary", "--seeds", "1"]
-    options += ["--jobs", "3"]
-    command = [sys.executable, "benchmarks/arena.py", *options, "--out", str(out), *(["--smoke"] if dry else [])]
+    rows = ["--rows", "float,plain b1.58,our ternary", "--seeds", "1", "--jobs", "3"]
+    options = ["--arena", "l", "--novels", str(folder), *rows, "--out", str(out), *(["--smoke"] if dry else [])]
+    command = [sys.executable, "benchmarks/arena.py", *options]
     with tempfile.TemporaryDirectory() as runs:
         done = subprocess.run([*command, "--runs", runs], cwd=ROOT, env=environment(), capture_output=True, text=True)
     (out / "arena.txt").write_text(done.stdout + done.stderr)
