@@ -129,10 +129,11 @@ class BitLinear(nn.Linear):
         if not keep or torch.compiler.is_compiling():
             self._levels = None
             return self._quantize()
-        if self._levels is None or self._levels[0] != self._state():
-            self.keep(self._quantize())
-            assert self._levels is not None
-        return self._levels[1]
+        kept = self._kept()
+        if kept is None:
+            kept = self._quantize()
+            self.keep(kept)
+        return kept
 
     def keep(self, levels: Levels) -> None:
         """Take these for the levels of the weight as it is now."""
@@ -144,6 +145,10 @@ class BitLinear(nn.Linear):
             (local_part(p).detach().data_ptr(), p.dtype, p.is_inference() or p._version)
             for p in self.parameters(recurse=False)
         )
+
+    def _kept(self) -> Levels | None:
+        """Those that are kept, if they are of the weight as it is now."""
+        return self._levels[1] if self._levels is not None and self._levels[0] == self._state() else None
 
     @property
     def is_on_gpu_as_a_whole(self) -> bool:
@@ -197,7 +202,7 @@ class BitLinear(nn.Linear):
     @property
     def holds_nothing(self) -> bool:
         """Whether the levels would be kept, and are not there yet."""
-        return self._held and (self._levels is None or self._levels[0] != self._state())
+        return self._held and self._kept() is None
 
     def train(self, mode: bool = True) -> "BitLinear":
         self._levels = None
