@@ -32,19 +32,12 @@ def gradient_digits(
     g = g.float().contiguous()
     if not native.takes(g, torch.float32):
         return _gradient_digits(g, digits, row_inv, per_column)
-    lib = native.library()
-    assert lib is not None
     m, n = g.shape
     high = torch.empty(m, n, dtype=torch.int8)
     low = torch.empty(m, n, dtype=torch.int8) if digits == 2 else None
     inv_scale = torch.empty(n if per_column else m, dtype=torch.float32)
-    failed = lib.bitnet_gradient_digits(
-        g.data_ptr(), None if row_inv is None else row_inv.data_ptr(), m, n, per_column, digits, high.data_ptr(),
-        high.data_ptr() if low is None else low.data_ptr(), inv_scale.data_ptr(), torch.get_num_threads(),
-        native.best_isa(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError("gradient_digits: no memory for the largest values of the columns")
+    second = high if low is None else low  # not touched for one digit
+    native.run("bitnet_gradient_digits", g, row_inv, m, n, per_column, digits, high, second, inv_scale)
     if per_column:
         return high.t(), None if low is None else low.t(), inv_scale
     return high, low, inv_scale
@@ -82,13 +75,8 @@ def join_digits(high: Tensor, low: Tensor | None, row_inv: Tensor, scale: Tensor
     if not native.takes(high, torch.int32):
         total = high.float() if low is None else high.float().mul_(256.0).add_(low)
         return total.mul_((row_inv * scale).reciprocal()[:, None])
-    lib = native.library()
-    assert lib is not None
     out = torch.empty(high.shape, dtype=torch.float32)
-    lib.bitnet_join_digits(
-        high.data_ptr(), None if low is None else low.data_ptr(), *high.shape, row_inv.data_ptr(), float(scale),
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    native.call("bitnet_join_digits", high, low, *high.shape, row_inv, float(scale), out)
     return out
 
 

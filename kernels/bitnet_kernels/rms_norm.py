@@ -28,30 +28,20 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        lib = native.library()
-        assert lib is not None
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y, rstd = torch.empty_like(rows), torch.empty(rows.shape[0], dtype=torch.float32)
-        lib.bitnet_norm_forward(
-            rows.data_ptr(), *rows.shape, weight.data_ptr(), eps, native.lanes_of_torch(), y.data_ptr(),
-            rstd.data_ptr(), torch.get_num_threads(), native.best_isa(),
-        )  # fmt: skip
+        native.call("bitnet_norm_forward", rows, *rows.shape, weight, eps, native.lanes_of_torch(), y, rstd)
         ctx.save_for_backward(rows, weight, rstd)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight, rstd = ctx.saved_tensors
-        lib = native.library()
-        assert lib is not None
         threads = torch.get_num_threads()
         g = grad.reshape(rows.shape).contiguous()
         grad_x = torch.empty_like(rows)
         grad_weight = torch.zeros(threads, rows.shape[1], dtype=torch.float32)
-        lib.bitnet_norm_backward(
-            g.data_ptr(), rows.data_ptr(), weight.data_ptr(), rstd.data_ptr(), *rows.shape, grad_x.data_ptr(),
-            grad_weight.data_ptr(), threads, native.best_isa(),
-        )  # fmt: skip
+        native.call("bitnet_norm_backward", g, rows, weight, rstd, *rows.shape, grad_x, grad_weight, threads)
         return grad_x.view(grad.shape), grad_weight.sum(0), None
 
 

@@ -3,8 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-int bitnet_best_isa(void);
-int bitnet_packed_matmul(const int64_t *);  // 15 values: packed_matmul_call of matmul.c
+#include "api.h"
 
 int main(int argc, char **argv) {
     if (argc < 3) return bitnet_best_isa();
@@ -15,8 +14,8 @@ int main(int argc, char **argv) {
         uint8_t *w = malloc(h[1] * h[3]);
         int32_t *y = malloc(h[0] * h[1] * 4);
         if (fread(x, 1, h[0] * h[2], in) + fread(w, 1, h[1] * h[3], in) != (size_t)(h[0] * h[2] + h[1] * h[3])) return 100;
-        const int64_t call[15] = {(int64_t)x, h[2], h[0], h[2], (int64_t)w, h[3], h[1], h[4], 0, 0, 0, 0, (int64_t)y, 1, h[5]};
-        if (bitnet_packed_matmul(call)) return 101;
+        const packed_matmul_call call = {x, h[2], h[0], h[2], w, h[3], h[1], h[4], NULL, NULL, NULL, 0, y, 1, h[5]};
+        if (bitnet_packed_matmul(&call)) return 101;
         fwrite(y, 4, h[0] * h[1], out);
         free(x), free(w), free(y);
     }

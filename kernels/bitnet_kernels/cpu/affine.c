@@ -200,7 +200,6 @@ TARGET_AVX512 static void rows_avx512(
 }
 #endif
 
-// Returns 0, or 1 when there is no memory.
 int bitnet_affine_matmul(
     const void *x, int is_float, int64_t x_stride, int64_t m, int64_t k, const uint8_t *w, int64_t row_bytes, int64_t n,
     int bits, const float *scale, const float *zero, const float *table, int64_t group_size, const float *x_inv,

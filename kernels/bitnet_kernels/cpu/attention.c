@@ -2,7 +2,6 @@
 //
 // Serves both sides, the model as it was trained and the packed one, whenever a single token is decoded on the CPU. Sums
 // have 16 lanes whatever the instruction set, and no fused multiply-add, so all builds give the same bits.
-#include "attention.h"
 #include "common.h"
 #include "floats.h"
 
@@ -60,7 +59,6 @@ HEADS(heads_avx2, TARGET_AVX2)
 HEADS(heads_avx512, TARGET_AVX512)
 #endif
 
-// Heads `from` to `to`, counted over all sequences; `p` has room for the scores of a head.
 void bitnet_attend_heads(const attention_args *a, int64_t from, int64_t to, float *p, int isa) {
 #if defined(__x86_64__)
     if (isa >= AVX512) return heads_avx512(a, from, to, p);
@@ -70,22 +68,16 @@ void bitnet_attend_heads(const attention_args *a, int64_t from, int64_t to, floa
     heads_portable(a, from, to, p);
 }
 
-// Returns 0, or 1 when there is no memory.
-int bitnet_attend(
-    const float *q, int64_t q_stride, int64_t m, int64_t heads, int64_t kv_heads, int64_t head_dim, const float *keys,
-    const float *values, int64_t sequence_stride, int64_t head_stride, int64_t token_stride, const int64_t *first,
-    int64_t tokens, float *out, int threads, int isa) {
-    const attention_args a = {q, q_stride, m, heads, kv_heads, head_dim, keys, values,
-                              sequence_stride, head_stride, token_stride, first, tokens, out};
-    const int64_t pairs = m * heads;
+int bitnet_attend(const attention_args *a, int threads, int isa) {
+    const int64_t pairs = a->m * a->heads;
     int failed = 0;
     if (threads > pairs) threads = (int)pairs;
-    if (pairs * tokens * head_dim < 1 << 16) threads = 1;  // less work than waking a thread
+    if (pairs * a->tokens * a->head_dim < 1 << 16) threads = 1;  // less work than waking a thread
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(| : failed)
     for (int part = 0; part < threads; part++) {
         const int64_t from = pairs * part / threads, to = pairs * (part + 1) / threads;
-        float *p = aligned_alloc(64, ((size_t)tokens * 4 + 63) / 64 * 64);
-        if (p) bitnet_attend_heads(&a, from, to, p, isa);
+        float *p = aligned_alloc(64, ((size_t)a->tokens * 4 + 63) / 64 * 64);
+        if (p) bitnet_attend_heads(a, from, to, p, isa);
         else failed = 1;
         free(p);
     }

@@ -4,7 +4,7 @@
 // binary b in 1 bit, `planes` = 4 or 8 codes per byte. A *group* is 64 packed bytes of a row; plane p of a group meets
 // 64 consecutive bytes of the arranged activations. Everything here is exact integer arithmetic until the epilogue.
 #pragma once
-#include <stdint.h>
+#include "api.h"
 #include <stdlib.h>
 #include <string.h>
 

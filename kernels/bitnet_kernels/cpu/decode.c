@@ -4,7 +4,6 @@
 //     x += w2(quantize(sub-norm(activation(gate) * up)))           gate|up = w1|w3 (quantize(norm x))
 //
 // A layer of a small model takes less time than the calls around it; here there are none.
-#include "attention.h"
 #include "common.h"
 #include "floats.h"
 #ifdef _OPENMP
@@ -14,40 +13,6 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-int bitnet_matmul_share(
-    const int8_t *, int64_t, int64_t, const uint8_t *, int64_t, int64_t, int, const int32_t *, const float *, const float *,
-    int64_t, float *, int, int, int);
-int bitnet_norm_quantize(
-    const float *, int64_t, int64_t, int64_t, const float *, const float *, float, int, int8_t *, float *, int32_t *, int,
-    int);
-void bitnet_norm(const float *, int64_t, int64_t, const float *, float, int, float *);
-
-// The matrices that read one tensor, joined, and the norm before them. native.py mirrors these structs.
-typedef struct {
-    const float *norm;  // (K) or null
-    const uint8_t *w;
-    const float *w_inv;  // (N), or one value where w_inv_stride is 0
-    int64_t w_inv_stride, row_bytes, n, k, planes;
-    float eps;
-} readers;
-
-typedef struct { readers qkv, wo, gate_up, w2; } block;
-
-typedef struct {
-    const block *blocks;
-    int64_t layers, heads, kv_heads, head_dim;
-    const float *last_norm;  // (D), after the last block
-    float last_eps;
-    int32_t silu;  // else relu2
-    int32_t sum_lanes, exp_lanes, threads, isa;
-} decoder;
-
-typedef struct {
-    float *keys, *values;  // token 0 of layer 0, sequence 0, head 0
-    int64_t layer_stride, sequence_stride, head_stride, token_stride, length;
-    const int64_t *first;  // (M): first token that a sequence sees, or null
-} cache;
-
 // What a thread has for itself: its place among the others, quantized activations, the activated gate, scores of a head.
 typedef struct {
     int part, parts;
@@ -55,6 +20,7 @@ typedef struct {
     float *inv;
     int32_t *sum;
     float *h, *p;
+    int isa;
 } worker;
 
 // x (M, K) -> this thread's share of the columns of out (M, N), or that share added to out through `product`. Every
@@ -62,10 +28,10 @@ typedef struct {
 static int multiply(
     const decoder *d, const readers *r, const worker *b, const float *x, int64_t m, float *out, float *product) {
     float *y = product ? product : out;
-    if (bitnet_norm_quantize(x, r->k, m, r->k, r->norm, NULL, r->eps, d->sum_lanes, b->q, b->inv, b->sum, 1, d->isa) ||
+    if (bitnet_norm_quantize(x, r->k, m, r->k, r->norm, NULL, r->eps, d->sum_lanes, b->q, b->inv, b->sum, 1, b->isa) ||
         bitnet_matmul_share(
             b->q, m, r->k, r->w, r->row_bytes, r->n, (int)r->planes, b->sum, b->inv, r->w_inv, r->w_inv_stride, y, b->part,
-            b->parts, d->isa))
+            b->parts, b->isa))
         return 1;
     if (product) {
         const int64_t strips = (r->n + STRIP - 1) / STRIP;
@@ -141,14 +107,13 @@ static void attend(
         rotate(row + (H + g) * K, K, angle_cos, angle_sin);
         memcpy(keys + at, row + (H + g) * K, (size_t)K * 4);
         memcpy(values + at, row + (H + G + g) * K, (size_t)K * 4);
-        bitnet_attend_heads(&a, t * H + g * group, t * H + (g + 1) * group, b->p, d->isa);
+        bitnet_attend_heads(&a, t * H + g * group, t * H + (g + 1) * group, b->p, b->isa);
     }
 }
 
-// x (M, D), M <= TILE: embedded tokens in, the output of the last norm out. cos, sin: (M, K), or (K) where angle_stride
-// is 0. Keys and values of the tokens are written to the cache at `length`. Returns 0, or 1 when there is no memory.
 int bitnet_decode(
-    const decoder *d, const cache *c, float *x, int64_t m, const float *cos, const float *sin, int64_t angle_stride) {
+    const decoder *d, const cache *c, float *x, int64_t m, const float *cos, const float *sin, int64_t angle_stride,
+    int threads, int isa) {
     const int64_t H = d->heads, G = d->kv_heads, K = d->head_dim, D = H * K, F = d->blocks->w2.k;
     const int64_t widest = D > F ? D : F;
     float *const shared = aligned_alloc(64, ((size_t)(m * ((H + 2 * G) * K + 2 * D + 2 * F)) * 4 + 63) / 64 * 64);
@@ -156,13 +121,14 @@ int bitnet_decode(
     float *const qkv = shared, *const y = qkv + m * (H + 2 * G) * K, *const gate_up = y + m * D;
     float *const product = gate_up + m * 2 * F;
     int failed = 0;
-#pragma omp parallel num_threads(d->threads) if (d->threads > 1) reduction(| : failed)
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
         const size_t floats = (size_t)(m * F + c->length + 1 + 2 * m), bytes = floats * 4 + (size_t)(m * widest);
         float *const own = aligned_alloc(64, (bytes + 63) / 64 * 64);
         float *const inv = own + m * F + c->length + 1;
         int32_t *const sum = (int32_t *)(inv + m);
-        const worker b = {omp_get_thread_num(), omp_get_num_threads(), (int8_t *)(sum + m), inv, sum, own, own + m * F};
+        const worker b = {omp_get_thread_num(), omp_get_num_threads(), (int8_t *)(sum + m), inv, sum, own, own + m * F,
+                          isa};
         failed = !own;
         for (int64_t layer = 0; layer < d->layers; layer++) {
             const block *w = d->blocks + layer;
@@ -177,7 +143,7 @@ int bitnet_decode(
             if (!failed) failed = multiply(d, &w->gate_up, &b, x, m, gate_up, NULL);
 #pragma omp barrier
             if (!failed) {
-                bitnet_activate(gate_up, m, F, d->silu, d->exp_lanes, b.h, d->isa);
+                bitnet_activate(gate_up, m, F, d->silu, d->exp_lanes, b.h, isa);
                 failed = multiply(d, &w->w2, &b, b.h, m, x, product);
             }
 #pragma omp barrier

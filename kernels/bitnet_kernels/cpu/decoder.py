@@ -3,11 +3,10 @@
 import ctypes
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from bitnet_kernels.cpu import native
-from bitnet_kernels.cpu.native import FLOAT, INT64, POINTER
+from bitnet_kernels.cpu.api import declarations
 
 
 class Readers(NamedTuple):
@@ -19,35 +18,6 @@ class Readers(NamedTuple):
     inv_scale: Tensor
     planes: int
     in_features: int
-
-
-class _Readers(ctypes.Structure):
-    _fields_ = [
-        ("norm", POINTER),
-        ("w", POINTER),
-        ("w_inv", POINTER),
-        *((name, INT64) for name in ("w_inv_stride", "row_bytes", "n", "k", "planes")),
-        ("eps", FLOAT),
-    ]
-
-
-class _Decoder(ctypes.Structure):
-    _fields_ = [
-        ("blocks", POINTER),
-        *((name, INT64) for name in ("layers", "heads", "kv_heads", "head_dim")),
-        ("last_norm", POINTER),
-        ("last_eps", FLOAT),
-        *((name, ctypes.c_int32) for name in ("silu", "sum_lanes", "exp_lanes", "threads", "isa")),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        ("keys", POINTER),
-        ("values", POINTER),
-        *((name, INT64) for name in ("layer_stride", "sequence_stride", "head_stride", "token_stride", "length")),
-        ("first", POINTER),
-    ]
 
 
 class Decoder:
@@ -75,28 +45,20 @@ class Decoder:
         self._layers, self._last_norm = layers, last_norm
         self._ffn_dim = layers[0][3].in_features
         self._silu = activation == "silu"
-        self._blocks = (_Readers * (4 * len(layers)))(*(self._entry(r) for layer in layers for r in layer))
-        self._decoder = _Decoder(
-            ctypes.addressof(self._blocks),
-            *(len(layers), heads, kv_heads, head_dim),
-            last_norm.data_ptr(),
-            eps,
-            self._silu,
-        )
+        structures = declarations().structures
+        blocks = [structures["block"](*(self._entry(readers) for readers in layer)) for layer in layers]
+        self._blocks = (structures["block"] * len(layers))(*blocks)
+        self._decoder = structures["decoder"](
+            ctypes.addressof(self._blocks), len(layers), heads, kv_heads, head_dim, last_norm.data_ptr(), eps,
+            self._silu, native.lanes_of_torch() or 0, native.exp_lanes_of_torch() or 4,
+        )  # fmt: skip
 
     @staticmethod
-    def _entry(r: Readers) -> _Readers:
-        return _Readers(
-            None if r.norm is None else r.norm.data_ptr(),
-            r.packed.data_ptr(),
-            r.inv_scale.data_ptr(),
-            0 if r.inv_scale.numel() == 1 else 1,
-            r.packed.stride(0),
-            r.packed.shape[0],
-            r.in_features,
-            r.planes,
-            r.eps,
-        )
+    def _entry(r: Readers) -> ctypes.Structure:
+        return declarations().structures["readers"](
+            None if r.norm is None else r.norm.data_ptr(), r.packed.data_ptr(), r.inv_scale.data_ptr(),
+            r.inv_scale.numel() > 1, r.packed.stride(0), r.packed.shape[0], r.in_features, r.planes, r.eps,
+        )  # fmt: skip
 
     def can_decode(self, sequences: int) -> bool:
         """Whether the results will be those of torch's operators."""
@@ -113,23 +75,8 @@ class Decoder:
 
         cos, sin: (1, K) or (M, K). ``first`` int64 (M,): the first token that each sequence sees.
         """
-        self._decoder.sum_lanes = native.lanes_of_torch() or 0
-        self._decoder.exp_lanes = native.exp_lanes_of_torch() or 4
-        self._decoder.threads = torch.get_num_threads()
-        self._decoder.isa = native.best_isa()
-        cache = _Cache(
+        cache = declarations().structures["cache"](
             keys.data_ptr(), values.data_ptr(), *keys.stride()[:4], length, None if first is None else first.data_ptr()
         )
-        lib = native.library()
-        assert lib is not None
-        failed = lib.bitnet_decode(
-            ctypes.byref(self._decoder),
-            ctypes.byref(cache),
-            x.data_ptr(),
-            x.shape[0],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            0 if cos.shape[0] == 1 else cos.stride(0),
-        )
-        if failed:
-            raise MemoryError("decode: no memory for the activations of a token")
+        angle_stride = 0 if cos.shape[0] == 1 else cos.stride(0)
+        native.run("bitnet_decode", self._decoder, cache, x, x.shape[0], cos, sin, angle_stride)

@@ -85,8 +85,6 @@ FOR_ISA(avx2, TARGET_AVX2)
 FOR_ISA(avx512, TARGET_AVX512)
 #endif
 
-// g (m, n), each row divided by row_inv (m) if given. A scale for each row, or for each column: inv_scale (m) or (n).
-// high and low (m, n); low is not touched for one digit. Returns 1 without memory.
 int bitnet_gradient_digits(
     const float *g, const float *row_inv, int64_t m, int64_t n, int per_column, int digits, int8_t *high, int8_t *low,
     float *inv_scale, int threads, int isa) {
@@ -112,7 +110,6 @@ int bitnet_gradient_digits(
     return 0;
 }
 
-// (256 high + low) / (row_inv[i] * scale): int32 (m, n), low or null, to float32 (m, n).
 void bitnet_join_digits(
     const int32_t *high, const int32_t *low, int64_t m, int64_t n, const float *row_inv, float scale, float *out,
     int threads) {

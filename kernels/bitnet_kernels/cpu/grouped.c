@@ -42,7 +42,6 @@ TARGET_AVX2 static void rows_avx2(const grouped *a, int64_t from, int64_t to) { 
 TARGET_AVX512 static void rows_avx512(const grouped *a, int64_t from, int64_t to) { grouped_rows(a, from, to); }
 #endif
 
-// Returns 0, or 1 when there is no memory.
 int bitnet_packed_matmul_grouped(
     const int8_t *x, int64_t x_stride, int64_t m, int64_t k, const uint8_t *w, int64_t row_bytes, int64_t n, int planes,
     const float *scale, int64_t group_size, const float *x_inv, float *out, int threads, int isa) {

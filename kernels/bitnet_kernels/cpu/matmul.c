@@ -165,7 +165,6 @@ static int share_of_rows(const product *a, const int32_t *known_sum, int part, i
     return 0;
 }
 
-// For decode.c: the share of one thread that is already running. Writes its rows of out only, and says which they are.
 int bitnet_matmul_share(
     const int8_t *x, int64_t m, int64_t k, const uint8_t *w, int64_t row_bytes, int64_t n, int planes, const int32_t *sum,
     const float *x_inv, const float *w_inv, int64_t w_inv_stride, float *out, int part, int parts, int isa) {
@@ -179,20 +178,6 @@ static int tokens_per_pass(const product *a) {
     return (int)(fit < 2 * STRIP ? 2 * STRIP : MIN(fit, 512));
 }
 
-// The arguments of a product as the caller packs them: 15 values of 64 bits. known_sum: sums of the tokens (M), or null.
-typedef struct {
-    const int8_t *x;
-    int64_t x_stride, m, k;
-    const uint8_t *w;
-    int64_t row_bytes, n, planes;
-    const int32_t *known_sum;
-    const float *x_inv, *w_inv;
-    int64_t w_inv_stride;
-    void *out;
-    int64_t threads, isa;
-} packed_matmul_call;
-
-// Returns 0, or 1 when there is no memory.
 int bitnet_packed_matmul(const packed_matmul_call *c) {
     static __thread buffer arranged, tiles, sums, strip;
     const int8_t *const x = c->x;

@@ -9,10 +9,12 @@ import functools
 import os
 import struct
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitnet_kernels.cpu.api import declarations
 from bitnet_kernels.cpu.build import CannotCompile, load_library
 
 
@@ -26,41 +28,8 @@ class Isa(enum.IntEnum):
     AMX = 4
 
 
-POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-SIGNATURES = {
-    "bitnet_best_isa": [],
-    "bitnet_packed_matmul": [ctypes.c_char_p],
-    "bitnet_packed_matmul_grouped": [
-        POINTER, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, INT64, POINTER, POINTER, INT, INT,
-    ],
-    "bitnet_norm_quantize": [
-        POINTER, INT64, INT64, INT64, POINTER, POINTER, FLOAT, INT, POINTER, POINTER, POINTER, INT, INT,
-    ],
-    "bitnet_norm_forward": [POINTER, INT64, INT64, POINTER, FLOAT, INT, POINTER, POINTER, INT, INT],
-    "bitnet_norm_backward": [POINTER, POINTER, POINTER, POINTER, INT64, INT64, POINTER, POINTER, INT, INT],
-    "bitnet_attend": [
-        POINTER, INT64, INT64, INT64, INT64, INT64, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT64, POINTER,
-        INT, INT,
-    ],
-    "bitnet_activate": [POINTER, INT64, INT64, INT, INT, POINTER, INT],
-    "bitnet_decode": [POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT64],
-    "bitnet_affine_matmul": [
-        POINTER, INT, INT64, INT64, INT64, POINTER, INT64, INT64, INT, POINTER, POINTER, POINTER, INT64, POINTER,
-        POINTER, INT, INT,
-    ],
-    "bitnet_weight_sums": [POINTER, INT64, INT, POINTER, INT, INT],
-    "bitnet_weight_levels": [POINTER, INT64, FLOAT, FLOAT, INT, POINTER, INT, INT],
-    "bitnet_pack_levels": [POINTER, INT64, INT64, INT, POINTER, INT, INT],
-    "bitnet_gradient_digits": [
-        POINTER, POINTER, INT64, INT64, INT, INT, POINTER, POINTER, POINTER, INT, INT,
-    ],
-    "bitnet_join_digits": [POINTER, POINTER, INT64, INT64, POINTER, FLOAT, POINTER, INT],
-    "bitnet_wide_matmul": [POINTER, INT64, INT64, POINTER, INT64, INT, POINTER, POINTER, INT, INT],
-}  # fmt: skip
-
-
 PACKED_MATMUL = struct.Struct("15q")
-"""``packed_matmul_call`` of matmul.c. Made into one block, because ctypes takes 2 us for 15 arguments."""
+"""``packed_matmul_call`` of api.h. Made into one block, because ctypes takes 2 us for 15 arguments."""
 
 
 @functools.cache
@@ -77,11 +46,40 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, types in SIGNATURES.items():
-        getattr(lib, name).argtypes = types
-    lib.bitnet_mean_of_squares.argtypes = [POINTER, INT64, INT]
-    lib.bitnet_mean_of_squares.restype = FLOAT
+    for name, function in declarations().functions.items():
+        getattr(lib, name).argtypes = list(function.parameters.values())
+        getattr(lib, name).restype = function.result
     return lib
+
+
+@functools.cache
+def _function(name: str) -> tuple[Any, list[str]]:
+    lib = library()
+    assert lib is not None
+    return getattr(lib, name), list(declarations().functions[name].parameters)
+
+
+def call(name: str, *arguments: Any, isa: Isa | None = None) -> Any:
+    """What the function of api.h gives. Tensors go by address and structures by reference; ``threads`` and ``isa`` at
+    the end need not be given: torch's number of threads, and the best instruction set unless ``isa`` names one."""
+    function, parameters = _function(name)
+    given = [
+        a.data_ptr() if isinstance(a, Tensor) else ctypes.byref(a) if isinstance(a, ctypes.Structure) else a
+        for a in arguments
+    ]
+    for parameter in parameters[len(given) :]:
+        if parameter == "threads":
+            given.append(torch.get_num_threads())
+        else:
+            assert parameter == "isa", f"{name}: {parameter} is not given"
+            given.append(best_isa() if isa is None else isa)
+    return function(*given)
+
+
+def run(name: str, *arguments: Any, isa: Isa | None = None) -> None:
+    """``call`` of a function that gives 0, or else has had no memory."""
+    if call(name, *arguments, isa=isa):
+        raise MemoryError(f"{name}: no memory for what it computes on the way")
 
 
 def takes(x: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -93,9 +91,7 @@ def takes(x: torch.Tensor, dtype: torch.dtype) -> bool:
 @functools.cache
 def best_isa() -> Isa:
     """The best instruction set of this machine, or the lower one that ``$BITNET_CPU_ISA`` names."""
-    lib = library()
-    assert lib is not None
-    best = Isa(lib.bitnet_best_isa())
+    best = Isa(call("bitnet_best_isa"))
     wish = os.environ.get("BITNET_CPU_ISA")
     if not wish:
         return best
@@ -108,13 +104,11 @@ def best_isa() -> Isa:
 @functools.cache
 def lanes_of_torch() -> int | None:
     """How many lanes torch's own sum of a row uses on this machine, found by comparing; ``None`` when none fits."""
-    lib = library()
-    assert lib is not None
     generator = torch.Generator().manual_seed(0)
     for lanes in (8, 16, 4):
         for k in (64, 250, 1000, 4099):
             x = torch.randn(16, k, generator=generator)
-            sums = [lib.bitnet_mean_of_squares(row.data_ptr(), k, lanes) for row in x]
+            sums = [call("bitnet_mean_of_squares", row, k, lanes) for row in x]
             if not torch.equal(torch.tensor(sums), x.pow(2).mean(-1)):
                 break
         else:
@@ -124,10 +118,8 @@ def lanes_of_torch() -> int | None:
 
 def gate(gate_up: Tensor, kind: str, lanes: int) -> Tensor:
     """Float32 (M, 2 F), two halves -> activation(first) * second, (M, F); ``lanes`` as ``exp_lanes_of_torch``."""
-    lib = library()
-    assert lib is not None
     out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=torch.float32)
-    lib.bitnet_activate(gate_up.data_ptr(), *out.shape, kind == "silu", lanes, out.data_ptr(), best_isa())
+    call("bitnet_activate", gate_up, *out.shape, kind == "silu", lanes, out)
     return out
 
 
@@ -168,20 +160,17 @@ def packed_matmul(
     isa: Isa | None = None,
 ) -> Tensor:
     """x int8 (M, K), packed uint8 (N, bytes) -> int32 (M, N), or float32 divided by both scales."""
-    lib = library()
-    assert lib is not None
     m, n = x.shape[0], packed.shape[0]
     out = torch.empty(m, n, dtype=torch.int32 if x_inv_scale is None else torch.float32)
     per_row = w_inv_scale is not None and w_inv_scale.numel() > 1
-    failed = lib.bitnet_packed_matmul(
+    run(
+        "bitnet_packed_matmul",
         PACKED_MATMUL.pack(
             x.data_ptr(), x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, planes, _pointer(row_sum) or 0,
             _pointer(x_inv_scale) or 0, _pointer(w_inv_scale) or 0, per_row, out.data_ptr(), torch.get_num_threads(),
             best_isa() if isa is None else isa,
-        )
+        ),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("packed_matmul: no memory for the arranged activations")
     return out
 
 
@@ -189,16 +178,12 @@ def packed_matmul_grouped(
     x: Tensor, packed: Tensor, planes: int, k: int, group_scale: Tensor, group_size: int, x_inv_scale: Tensor | None
 ) -> Tensor:
     """As above with a scale per ``group_size`` inputs, group_scale float32 (N, groups) -> float32 (M, N)."""
-    lib = library()
-    assert lib is not None
     m, n = x.shape[0], packed.shape[0]
     out = torch.empty(m, n, dtype=torch.float32)
-    failed = lib.bitnet_packed_matmul_grouped(
-        x.data_ptr(), x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, planes, group_scale.data_ptr(),
-        group_size, _pointer(x_inv_scale), out.data_ptr(), torch.get_num_threads(), best_isa(),
+    run(
+        "bitnet_packed_matmul_grouped", x, x.stride(0), m, k, packed, packed.stride(0), n, planes, group_scale,
+        group_size, x_inv_scale, out,
     )  # fmt: skip
-    if failed:
-        raise MemoryError("packed_matmul: no memory for the arranged activations")
     return out
 
 
@@ -209,33 +194,24 @@ def norm_quantize(
 
     ``mean_square`` (M,) are torch's means of squares, for rows whose sums it adds in another order.
     """
-    lib = library()
-    assert lib is not None
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.int8)
     inv_scale = torch.empty(m, 1, dtype=torch.float32)
     row_sum = torch.empty(m, dtype=torch.int32)
-    failed = lib.bitnet_norm_quantize(
-        x.data_ptr(), x.stride(0), m, k, _pointer(weight), _pointer(mean_square), eps, lanes_of_torch() or 0,
-        q.data_ptr(), inv_scale.data_ptr(), row_sum.data_ptr(), torch.get_num_threads(),
-        best_isa() if isa is None else isa,
+    run(
+        "bitnet_norm_quantize", x, x.stride(0), m, k, weight, mean_square, eps, lanes_of_torch() or 0, q, inv_scale,
+        row_sum, isa=isa,
     )  # fmt: skip
-    if failed:
-        raise MemoryError("rms_norm_quantize: no memory for a row")
     return q, inv_scale, row_sum
 
 
 def wide_matmul(x: Tensor, w: Tensor, scale: Tensor | None, isa: Isa | None = None) -> Tensor | None:
     """x float32 (M, K) times w int8 or float16 (N, K) -> float32 (M, N); ``None`` where there is no fast way."""
-    lib = library()
-    if lib is None:
+    if library() is None:
         return None
     m, n = x.shape[0], w.shape[0]
     out = torch.empty(m, n, dtype=torch.float32)
-    missing = lib.bitnet_wide_matmul(
-        x.data_ptr(), m, x.shape[1], w.data_ptr(), n, w.dtype == torch.int8, _pointer(scale), out.data_ptr(),
-        torch.get_num_threads(), best_isa() if isa is None else isa,
-    )  # fmt: skip
+    missing = call("bitnet_wide_matmul", x, m, x.shape[1], w, n, w.dtype == torch.int8, scale, out, isa=isa)
     return None if missing else out
 
 
@@ -250,21 +226,16 @@ def affine_matmul(
     isa: Isa | None = None,
 ) -> Tensor:
     """x int8 or float32 (M, K), packed codes (N, bytes), scale and zero_point float32 (N, G) -> float32 (M, N)."""
-    lib = library()
-    assert lib is not None
     x, packed = x.contiguous(), packed.contiguous()
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     x_inv_scale = None if x_inv_scale is None else x_inv_scale.contiguous()
     table = None if table is None else table.contiguous()
     (m, k), n = x.shape, packed.shape[0]
     out = torch.empty(m, n, dtype=torch.float32)
-    failed = lib.bitnet_affine_matmul(
-        x.data_ptr(), x.dtype == torch.float32, x.stride(0), m, k, packed.data_ptr(), packed.stride(0), n, bits,
-        scale.data_ptr(), zero_point.data_ptr(), _pointer(table), -(-k // scale.shape[1]), _pointer(x_inv_scale),
-        out.data_ptr(), torch.get_num_threads(), best_isa() if isa is None else isa,
+    run(
+        "bitnet_affine_matmul", x, x.dtype == torch.float32, x.stride(0), m, k, packed, packed.stride(0), n, bits,
+        scale, zero_point, table, -(-k // scale.shape[1]), x_inv_scale, out, isa=isa,
     )  # fmt: skip
-    if failed:
-        raise MemoryError("affine_matmul: no memory for a row of codes")
     return out
 
 
@@ -273,15 +244,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None)
 
     ``first`` int64 (B,): the first token that each sequence sees.
     """
-    lib = library()
-    assert lib is not None
     B, H, _, K = q.shape
     q = q.reshape(B, H * K)
     out = torch.empty(B, H, 1, K, dtype=torch.float32)
-    failed = lib.bitnet_attend(
+    arguments = declarations().structures["attention_args"](
         q.data_ptr(), q.stride(0), B, H, keys.shape[1], K, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3],
-        _pointer(first), keys.shape[2], out.data_ptr(), torch.get_num_threads(), best_isa(),
+        _pointer(first), keys.shape[2], out.data_ptr(),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("attend: no memory for the scores of a token")
+    run("bitnet_attend", arguments)
     return out

@@ -110,7 +110,6 @@ TARGET_AVX512 static void rows_avx512(const rows_args *a, int64_t from, int64_t 
 }
 #endif
 
-// weight (K) or null for no norm; mean_square (M) from torch, or null to compute it with `lanes`. Returns 1 without memory.
 int bitnet_norm_quantize(
     const float *x, int64_t x_stride, int64_t m, int64_t k, const float *weight, const float *mean_square, float eps,
     int lanes, int8_t *q, float *inv_scale, int32_t *row_sum, int threads, int isa) {
@@ -133,7 +132,6 @@ int bitnet_norm_quantize(
     return failed;
 }
 
-// RMSNorm alone, (M, K) -> (M, K); in place where y is x.
 void bitnet_norm(
     const float *x, int64_t m, int64_t k, const float *weight, float eps, int lanes, float *y) {
     for (int64_t i = 0; i < m * k; i += k) {
@@ -191,7 +189,6 @@ TARGET_AVX512 static void gradient_avx512(const norm_args *a, int64_t from, int6
 }
 #endif
 
-// As bitnet_norm, and rstd (M) for the backward.
 void bitnet_norm_forward(
     const float *x, int64_t m, int64_t k, const float *weight, float eps, int lanes, float *y, float *rstd, int threads,
     int isa) {
@@ -208,7 +205,6 @@ void bitnet_norm_forward(
     (void)isa;
 }
 
-// grad (M, K) of the output -> grad_x (M, K), grad_weight (threads, K): one part for each thread, zero before.
 void bitnet_norm_backward(
     const float *grad, const float *x, const float *weight, const float *rstd, int64_t m, int64_t k, float *grad_x,
     float *grad_weight, int threads, int isa) {
@@ -225,5 +221,4 @@ void bitnet_norm_backward(
     (void)isa;
 }
 
-// The mean of squares alone, for finding out which order torch adds in.
 float bitnet_mean_of_squares(const float *x, int64_t k, int lanes) { return mean_of_squares(x, k, lanes); }

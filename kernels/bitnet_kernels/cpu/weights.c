@@ -101,7 +101,6 @@ FOR_ISA(avx2, TARGET_AVX2)
 FOR_ISA(avx512, TARGET_AVX512)
 #endif
 
-// out (4): counts of 2^-14 and 2^-40 for sum |w|, then for sum w. Returns 1 where a weight is too large or no number.
 int bitnet_weight_sums(const float *w, int64_t count, int with_sign, double *out, int threads, int isa) {
     int64_t total[4] = {0};
     int wrong = 0;
@@ -126,7 +125,6 @@ void bitnet_weight_levels(
     (void)isa;
 }
 
-// Levels (n, k) -> packed (n, whole blocks).
 void bitnet_pack_levels(const int8_t *q, int64_t n, int64_t k, int planes, uint8_t *out, int threads, int isa) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; part++)

@@ -13,12 +13,8 @@ def weight_sums(w: Tensor, with_sign: bool) -> Tensor | None:
     """Float64 (4,) of w (N, K): the pairs ``exact_sums(w.abs())`` and, ``with_sign``, ``exact_sums(w)``; else zeros."""
     if not native.takes(w, torch.float32):
         return None
-    lib = native.library()
-    assert lib is not None
     out = torch.empty(4, dtype=torch.float64)
-    wrong = lib.bitnet_weight_sums(
-        w.data_ptr(), w.numel(), with_sign, out.data_ptr(), torch.get_num_threads(), native.best_isa()
-    )
+    wrong = native.call("bitnet_weight_sums", w, w.numel(), with_sign, out)
     return None if wrong else out
 
 
@@ -26,13 +22,8 @@ def weight_levels(w: Tensor, inv_scale: Tensor, mean: Tensor, binary: bool) -> T
     """int8 (N, K): ``clamp(round(w * inv_scale), -1, 1)``, or the sign of ``w - mean`` with -1 for 0."""
     if not native.takes(w, torch.float32):
         return None
-    lib = native.library()
-    assert lib is not None
     q = torch.empty(w.shape, dtype=torch.int8)
-    lib.bitnet_weight_levels(
-        w.data_ptr(), w.numel(), float(inv_scale), float(mean), binary, q.data_ptr(), torch.get_num_threads(),
-        native.best_isa(),
-    )  # fmt: skip
+    native.call("bitnet_weight_levels", w, w.numel(), float(inv_scale), float(mean), binary, q)
     return q
 
 
@@ -40,9 +31,7 @@ def pack_levels(q: Tensor, planes: int) -> Tensor | None:
     """int8 levels (N, K) -> uint8 (N, whole blocks of K), unchecked; ``planes`` is 4 for ternary, 8 for binary."""
     if not native.takes(q, torch.int8):
         return None
-    lib = native.library()
-    assert lib is not None
     n, k = q.shape
     packed = torch.empty(n, -(-k // 256) * 256 // planes, dtype=torch.uint8)
-    lib.bitnet_pack_levels(q.data_ptr(), n, k, planes, packed.data_ptr(), torch.get_num_threads(), native.best_isa())
+    native.call("bitnet_pack_levels", q, n, k, planes, packed)
     return packed

@@ -72,7 +72,6 @@ TARGET_AVX2 static void wide_avx2(
 
 #endif
 
-// Returns 0, or 1 where this machine has no fast way (then nothing was written).
 int bitnet_wide_matmul(
     const float *x, int64_t m, int64_t k, const void *w, int64_t n, int is_int8, const float *scale, float *y,
     int threads, int isa) {
