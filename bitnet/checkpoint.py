@@ -207,6 +207,16 @@ def model_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def without_factors(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """``model_state`` with the trained factors of scales multiplied into the latent weights: as any recipe takes it."""
+    state = model_state(content)
+    for name in [name for name in state if name.endswith(".factor")]:
+        factor, weight = state.pop(name).float(), f"{name.removesuffix('factor')}weight"
+        groups = state[weight].float().view(*factor.shape, -1)  # (R, G, weights of a group)
+        state[weight] = (groups * factor[..., None]).view(state[weight].shape)
+    return state
+
+
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
     """``(model, tokenizer)`` of a run folder or .ckpt file, in eval mode.
 

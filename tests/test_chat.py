@@ -166,7 +166,7 @@ def test_bad_settings_are_refused(options, words, chats) -> None:
     ("content", "words"),
     [
         ('{"messages": 3}\n', "line 1: 'messages' must be a list"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}\nnot json', "line 2 is not a JSON object"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\nnot json', "line 2 is not JSON"),
     ],
 )
 def test_bad_lines_are_named(content, words, tmp_path) -> None:
@@ -175,6 +175,21 @@ def test_bad_lines_are_named(content, words, tmp_path) -> None:
     data = TokenDataModule(str(file), chat_template="plain", vocab_size=300, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=words):
         data.prepare_tokens()
+
+
+def test_turns_of_a_conversation_see_each_other_when_documents_are_masked(tmp_path) -> None:
+    """The end-of-text token behind an answer ends no document: only the one that the model is not taught to say."""
+    file = tmp_path / "talks.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": TALK}) for _ in range(40)))
+    options = {"mask_documents": True, "seq_len": 200, "batch_size": 1, "vocab_size": 300}
+    data = TokenDataModule(str(file), chat_template="plain", cache_dir=str(tmp_path / "cache"), **options)
+    store = data.prepare_tokens()
+    folder = TokenDataModule(str(store.folder), **options)  # knows by itself what is in it
+    folder.prepare_tokens()
+    for batch in (next(iter(data.val_dataloader())), next(iter(folder.train_dataloader()))):
+        ids, documents = batch["inputs"][0], batch["document_ids"][0]
+        whole = store.tokenizer.decode(ids[documents == 1].tolist(), skip_special_tokens=False)
+        assert whole == conversation(TALK, PLAIN_TEMPLATE, NAMES) + "<|endoftext|>"
 
 
 def test_one_conversation_cannot_be_divided(tmp_path) -> None:

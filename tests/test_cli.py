@@ -14,8 +14,9 @@ import yaml
 
 from bitnet.__main__ import main as bitnet
 from bitnet.__main__ import train
+from bitnet.checkpoint import read_checkpoint
 from bitnet.training.cli import main as fit
-from bitnet.training.run_folder import find_run, is_first_process, new_run_folder, run_family
+from bitnet.training.run_folder import find_run, is_first_process, new_run_folder, run_family, set_aside, settle
 
 from .conftest import tiny_options
 from .runs import environment
@@ -115,6 +116,44 @@ def test_a_new_run_never_overwrites_an_old_one(tmp_path, stories, run_fit) -> No
     run_fit(stories, root, "--trainer.max_steps=2", "--overwrite")
     assert (root / "checkpoints" / "last.ckpt").stat().st_mtime_ns != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2", "run-3"]
+
+
+def test_a_run_that_fails_before_it_has_saved_replaces_nothing(tmp_path, stories, run_fit, capsys) -> None:
+    root = tmp_path / "run"
+    run_fit(stories, root, "--trainer.max_steps=2")
+    before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    for wrong, said in (
+        ("--trainer.limit_val_batches=0.01", "trainer: You requested to check 0.01"),  # not before the loaders are made
+        (f"--model.init_from={root}", f"--overwrite: model.init_from = {root} is of the run that would be replaced"),
+        (f"--model.init_from={root / 'checkpoints/best.ckpt'}", "is of the run that would be replaced"),
+    ):
+        assert fit([*tiny_options(stories, root), "--trainer.max_steps=2", "--overwrite", wrong]) == 2
+        assert said in capsys.readouterr().err
+        assert {file: file.read_bytes() for file in root.rglob("*") if file.is_file()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_replacement_that_was_killed_leaves_both_or_the_one_that_was_trained(tmp_path) -> None:
+    """``set_aside`` finds what an earlier one has left."""
+    for new_has_saved in (False, True):
+        root = tmp_path / f"run{new_has_saved}"
+        for run in ("old", "new"):
+            (root / "checkpoints").mkdir(parents=True)
+            if run == "old" or new_has_saved:
+                (root / "checkpoints" / "last.ckpt").write_text(run)
+            aside = set_aside(root)
+        assert not root.exists()
+        assert (aside / "checkpoints" / "last.ckpt").read_text() == ("new" if new_has_saved else "old")
+        settle(aside, root, failed=True)
+        assert (root / "checkpoints" / "last.ckpt").exists() and not aside.exists()
+
+
+def test_progress_and_checkpoints_may_be_left_out(tmp_path, stories, run_fit) -> None:
+    steps = "--trainer.max_steps=2"
+    run_fit(stories, tmp_path / "run", steps, "--trainer.enable_progress_bar=false")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    run_fit(stories, tmp_path / "other", steps, "--trainer.enable_checkpointing=false")
+    assert not (tmp_path / "other" / "checkpoints").exists() and (tmp_path / "other" / "summary.json").exists()
 
 
 def test_overwrite_spares_folders_that_are_no_runs(tmp_path) -> None:
@@ -337,6 +376,28 @@ def test_init_from_takes_weights_of_another_recipe_and_refuses_other_sizes(
     capsys.readouterr()
     line = error_of(capsys, fit([*options, "--model.config.n_layers=1"]))
     assert "model.config.n_layers is 2 there and 1 here" in line
+
+
+def test_init_from_multiplies_trained_factors_into_the_weights(stories, tmp_path, run_fit, capsys) -> None:
+    """The new run begins with the function that the old one had; only the rounding of products differs."""
+    learned = ("--model.recipe.scale_per=row", "--model.recipe.learned_scale=true")
+    run_fit(stories, tmp_path / "old", *learned, "--trainer.max_steps=20", "--model.optim.lr=0.05")
+    content = read_checkpoint(tmp_path / "old")
+    name = "model.layers.0.attention.wq"
+    factor, weight = content["state_dict"][f"{name}.factor"], content["state_dict"][f"{name}.weight"]
+    assert (factor - 1).abs().max() > 0.01
+    still = ("--trainer.max_steps=1", "--model.optim.lr=1e-30", "--model.optim.weight_decay=0")
+    run_fit(stories, tmp_path / "new", *learned, *still, f"--model.init_from={tmp_path / 'old'}")
+    new = read_checkpoint(tmp_path / "new")["state_dict"]
+    assert torch.equal(new[f"{name}.weight"], weight * factor) and torch.equal(
+        new[f"{name}.factor"], torch.ones_like(factor)
+    )
+    run_fit(stories, tmp_path / "plain", *still, f"--model.init_from={tmp_path / 'old'}")
+    capsys.readouterr()
+    line = error_of(
+        capsys, fit([*tiny_options(stories, tmp_path / "old"), "--ckpt_path=last", "--trainer.max_steps=21"])
+    )
+    assert "scale_per = matrix, but the run has row; begin a new run from its weights" in line
 
 
 def test_a_low_bit_parent_of_a_recipe_that_begins_in_float_is_named(finished_run, stories, tmp_path, capsys) -> None:

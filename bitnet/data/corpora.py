@@ -110,14 +110,23 @@ def decode(content: bytes, path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
+def _json(line: str, path: Path, number: int) -> Any:
+    r"""One line of a .jsonl file. ``\ud800`` alone is JSON, and half of a character: no UTF-8 can say it."""
+    try:
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number} is not JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # numbers of 5,000 digits, lists in lists in lists
+        raise UserError(f"{path}: line {number} cannot be read ({str(error).split(';')[0]}).") from error
+    return record
+
+
 def _json_lines(text: str, path: Path, key: str) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg}).") from error
+        record = _json(line, path, number)
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{path}: line {number} has no text under '{key}' (it has: {keys}); set data.text_key.")
@@ -128,11 +137,11 @@ def _conversations(text: str, path: Path, template: str, special_tokens: dict[st
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        record = _json(line, path, number)
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: line {number} is not a JSON object.")
         try:
-            record = json.loads(line)
             yield conversation(record.get("messages"), template, special_tokens)
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise UserError(f"{path}: line {number} is not a JSON object.") from error
         except UserError as error:
             raise UserError(f"{path}: line {number}: {error}.") from error
 
@@ -145,7 +154,11 @@ def _parquet_rows(path: Path, key: str) -> Iterator[str]:
         for record in table:
             if key not in record:
                 raise UserError(f"{path}: has no column '{key}' (it has: {', '.join(record)}); set data.text_key.")
-            yield str(record[key])
+            if record[key] is not None and not isinstance(record[key], str):
+                kind = type(record[key]).__name__
+                raise UserError(f"{path}: column '{key}' holds no text but {kind}; set data.text_key.")
+            if record[key]:
+                yield record[key]
     except UserError:
         raise
     except Exception as error:

@@ -1,12 +1,12 @@
 """``TokenDataModule``: point it at text; it gives a Lightning trainer batches, and a run its tokenizer."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from bitnet.chat_template import PLAIN_TEMPLATE
 from bitnet.data import streaming as stream
@@ -14,7 +14,7 @@ from bitnet.data.corpora import BUILTIN, DocumentList, Reading, open_corpus
 from bitnet.data.loader import EvalLoader, TrainLoader, row_count
 from bitnet.data.prepare import Progress, Splitting, prepare
 from bitnet.data.tokenizer import EOS, find_eos, load_tokenizer
-from bitnet.data.tokens import TokenStore, document_ids, is_token_folder
+from bitnet.data.tokens import TokenStore, is_token_folder
 from bitnet.errors import UserError
 from bitnet_kernels.cpu.build import cache_root
 
@@ -78,13 +78,22 @@ class TokenDataModule(L.LightningDataModule):
         super().__init__()
         self.paths = [path] if isinstance(path, str) else list(path)
         self.val_paths = [val_path] if isinstance(val_path, str) else list(val_path or [])
-        _check(self.paths, weights, val_fraction, seq_len, batch_size, stream_block)
-        if workers < 0:
-            raise UserError(f"data.workers = {workers}: must be 0 or more.")
+        if not self.paths:
+            raise UserError("data.path is empty: name at least one source.")
+        _check_weights(weights)
+        if not 0.0 < val_fraction < 1.0:
+            raise UserError(f"data.val_fraction = {val_fraction}: must lie between 0 and 1.")
+        counts = {"seq_len": seq_len, "batch_size": batch_size, "stream_block": stream_block}
+        for name, value in {**counts, "val_batch_size": val_batch_size}.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} = {value}: must be at least 1.")
+        for name, value in {"workers": workers, "seed": seed}.items():
+            if value < 0:
+                raise UserError(f"data.{name} = {value}: must be 0 or more.")
         self.weights, self.vocab_size = weights, vocab_size
         self.reading = Reading(separator=separator, text_key=text_key, split=split, subset=subset)
         if chat_template is not None:
-            self.reading = self._chat_reading(chat_template, tokenizer, eos_token, streaming)
+            self.reading = dataclasses.replace(self.reading, chat_template=_template(chat_template, streaming))
         self.splitting = Splitting(val_fraction=val_fraction, val_split=val_split, seed=seed)
         self.streaming, self.stream_block, self.stream_val_bytes = streaming, stream_block, stream_val_bytes
         self.tokenizer_path, self.eos_token = tokenizer, eos_token
@@ -93,22 +102,18 @@ class TokenDataModule(L.LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_root()
         self.progress: Progress | None = None
         self.store: TokenStore | None = None
-        self._stream_head = 0
+        self._stream_heads: list[int] = []
         self._loader: TrainLoader | stream.StreamLoader | None = None
 
-    def _chat_reading(self, template: str, tokenizer: str | None, eos_token: str | None, streaming: bool) -> Reading:
-        if streaming:
-            raise UserError("data.chat_template: conversations are prepared, not streamed; leave out data.streaming.")
-        file = Path(template).expanduser()
-        if template != "plain" and not file.is_file():
-            raise UserError(f"data.chat_template = {template}: neither 'plain' nor a file.")
-        text = PLAIN_TEMPLATE if template == "plain" else file.read_text(encoding="utf-8")
-        eos = eos_token or EOS
-        if tokenizer and not eos_token:
-            given = load_tokenizer(tokenizer)
+    def _with_special_tokens(self) -> Reading:
+        """``reading`` with the tokens that a chat template may name: not known before the tokenizer is."""
+        if self.reading.chat_template is None:
+            return self.reading
+        eos = self.eos_token or EOS
+        if self.tokenizer_path and not self.eos_token:
+            given = load_tokenizer(self.tokenizer_path)
             eos = str(given.id_to_token(find_eos(given)))
-        names = (("eos_token", eos), ("bos_token", ""))
-        return dataclasses.replace(self.reading, chat_template=text, special_tokens=names)
+        return dataclasses.replace(self.reading, special_tokens=(("eos_token", eos), ("bos_token", "")))
 
     # ---- preparing
 
@@ -117,12 +122,15 @@ class TokenDataModule(L.LightningDataModule):
         if self.store is not None:
             return self.store
         if is_token_folder(self.paths[0]):
-            if len(self.paths) > 1 or self.streaming:
-                raise UserError(
-                    f"{self.paths[0]}: a prepared token folder must be the only data.path, and not streamed."
-                )
-            store = TokenStore(Path(self.paths[0]).expanduser())
+            store = self._prepared_folder()
         else:
+            if self.eos_token is not None and self.tokenizer_path is None:
+                raise UserError(
+                    f"data.eos_token = {self.eos_token}: a tokenizer that is trained here ends texts with {EOS}; leave "
+                    "it out, or give data.tokenizer."
+                )
+            self.reading = self._with_special_tokens()
+            self._check_weights(len(self.paths))
             val = [open_corpus(p, self.reading) for p in self.val_paths]
             train = self._stream_corpora(val) if self.streaming else [open_corpus(p, self.reading) for p in self.paths]
             store = prepare(
@@ -140,11 +148,36 @@ class TokenDataModule(L.LightningDataModule):
         self.store = store
         return store
 
+    def _prepared_folder(self) -> TokenStore:
+        path = self.paths[0]
+        if len(self.paths) > 1 or self.streaming:
+            raise UserError(f"{path}: a prepared token folder must be the only data.path, and not streamed.")
+        decided = {"val_path": self.val_paths, "chat_template": self.reading.chat_template}
+        for name in (name for name, value in decided.items() if value):
+            raise UserError(f"data.{name}: {path} is a prepared token folder, which has this decided; leave it out.")
+        store = TokenStore(Path(path).expanduser())
+        self._check_weights(store.sources)
+        self.reading = dataclasses.replace(self.reading, chat_template=store.chat_template)
+        return store
+
+    def _check_weights(self, sources: int) -> None:
+        if self.weights is not None and len(self.weights) != sources:
+            raise UserError(f"data.weights has {len(self.weights)} numbers for {sources} paths.")
+
     def _stream_corpora(self, val: list[Any]) -> list[Any]:
         """Hold the head of the stream out into ``val`` unless there is some; return a sample for the tokenizer."""
-        dataset = stream.open_stream(self.paths, self.weights, self.reading, self.seed)
-        val_bytes = 0 if val else self.stream_val_bytes
-        head, sample, self._stream_head = stream.take_head(dataset, self.reading.text_key, val_bytes, 16 << 20)
+        weights = self.weights or [1.0] * len(self.paths)
+        head: list[str] = []
+        sample: list[str] = []
+        self._stream_heads = []
+        # Of each source by itself: behind the mixing, one that begins again would bring what is held out.
+        for path, source, weight in zip(
+            self.paths, stream.open_streams(self.paths, self.reading), weights, strict=True
+        ):
+            share = weight / sum(weights)
+            val_bytes, sample_bytes = (0 if val else round(share * self.stream_val_bytes)), round(share * (16 << 20))
+            held, seen, records = stream.take_head(source, path, self.reading.text_key, val_bytes, sample_bytes)
+            head, sample, self._stream_heads = head + held, sample + seen, [*self._stream_heads, records]
         name = ", ".join(self.paths)
         if not val:
             val.append(DocumentList(f"{name} (first {len(head)} documents)", head))
@@ -159,7 +192,7 @@ class TokenDataModule(L.LightningDataModule):
                 f"a batch needs {self.batch_size}. Give more text, or lower data.seq_len or data.batch_size."
             )
         if self.weights is not None and not self.streaming:
-            for i, path in enumerate(self.paths):
+            for i, path in enumerate(store.meta["paths"]):
                 if self.weights[i] > 0 and row_count(store.totals(f"train-{i}").tokens, self.seq_len) == 0:
                     raise UserError(f"{path}: too short for one row of data.seq_len = {self.seq_len}.")
 
@@ -180,10 +213,11 @@ class TokenDataModule(L.LightningDataModule):
 
     # ---- loaders
 
-    def _ranks(self) -> dict[str, int]:
+    def _rows_of_this_process(self, store: TokenStore) -> dict[str, Any]:
         trainer = self.trainer
         shares = trainer.distributed_sampler_kwargs if trainer else None
-        return {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {}
+        ranks = {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {}
+        return {**ranks, "separator": store.separator if self.mask_documents else None}
 
     def train_dataloader(self) -> "TrainLoader | stream.StreamLoader":
         store = self.tokens
@@ -200,7 +234,7 @@ class TokenDataModule(L.LightningDataModule):
             weights=self.weights,
             seed=self.seed,
             workers=self.workers,
-            **self._ranks(),
+            **self._rows_of_this_process(store),
         )
         if len(loader) == 0:
             raise UserError(
@@ -213,9 +247,9 @@ class TokenDataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.max_steps is None or trainer.max_steps < 0:
             raise UserError("data.streaming: a stream has no epochs; set trainer.max_steps.")
-        dataset = stream.open_stream(self.paths, self.weights, self.reading, self.seed)
+        sources = zip(stream.open_streams(self.paths, self.reading), self._stream_heads, strict=True)
         return stream.StreamLoader(
-            dataset.skip(self._stream_head) if self._stream_head else dataset,
+            stream.interleave([s.skip(head) if head else s for s, head in sources], self.weights, self.seed),
             store.tokenizer,
             store.eos_id,
             self.seq_len,
@@ -225,7 +259,7 @@ class TokenDataModule(L.LightningDataModule):
             length=trainer.max_steps * trainer.accumulate_grad_batches,
             seed=self.seed,
             workers=self.workers,
-            **self._ranks(),
+            **self._rows_of_this_process(store),
         )
 
     def _close_loader(self) -> None:
@@ -239,12 +273,8 @@ class TokenDataModule(L.LightningDataModule):
         self._close_loader()
 
     def val_dataloader(self) -> EvalLoader:
-        return EvalLoader(self.tokens.ids("val"), self.seq_len, self.val_batch_size, **self._ranks())
-
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        if self.mask_documents and "document_ids" not in batch:
-            batch["document_ids"] = document_ids(batch["inputs"], self.tokens.eos_id)
-        return batch
+        store = self.tokens
+        return EvalLoader(store.ids("val"), self.seq_len, self.val_batch_size, **self._rows_of_this_process(store))
 
     # ---- what a run keeps of its data
 
@@ -266,17 +296,20 @@ class TokenDataModule(L.LightningDataModule):
         return {"chat_template": template} if template else {}
 
 
-def _check(
-    paths: list[str], weights: list[float] | None, val_fraction: float, seq_len: int, batch_size: int, block: int
-) -> None:
-    if not paths:
-        raise UserError("data.path is empty: name at least one source.")
-    if weights is not None and len(weights) != len(paths):
-        raise UserError(f"data.weights has {len(weights)} numbers for {len(paths)} paths.")
-    if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
-        raise UserError(f"data.weights = {weights}: none may be negative, and one must be positive.")
-    if not 0.0 < val_fraction < 1.0:
-        raise UserError(f"data.val_fraction = {val_fraction}: must lie between 0 and 1.")
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("stream_block", block)):
-        if value < 1:
-            raise UserError(f"data.{name} = {value}: must be at least 1.")
+def _template(name: str, streaming: bool) -> str:
+    """Jinja text of ``data.chat_template``."""
+    if streaming:
+        raise UserError("data.chat_template: conversations are prepared, not streamed; leave out data.streaming.")
+    file = Path(name).expanduser()
+    if name != "plain" and not file.is_file():
+        raise UserError(f"data.chat_template = {name}: neither 'plain' nor a file.")
+    return PLAIN_TEMPLATE if name == "plain" else file.read_text(encoding="utf-8")
+
+
+def _check_weights(weights: list[float] | None) -> None:
+    if weights is None:
+        return
+    if not all(0.0 <= weight < math.inf for weight in weights):
+        raise UserError(f"data.weights = {weights}: each must be a number of 0 or more.")
+    if sum(weights) <= 0:
+        raise UserError(f"data.weights = {weights}: one must be positive.")

@@ -27,10 +27,18 @@ def row_count(n_ids: int, seq_len: int) -> int:
     return max(0, (n_ids - 1) // seq_len)
 
 
-def make_batch(rows: Tensor) -> dict[str, Tensor]:
-    """Rows (B, seq_len + 1) -> inputs and targets, each (B, seq_len); ids with ``UNSAID`` are no targets."""
-    targets = rows[:, 1:]
-    return {"inputs": rows[:, :-1].clamp(min=0) % UNSAID, "targets": torch.where(targets < UNSAID, targets, IGNORE)}
+def make_batch(rows: Tensor, separator: int | None = None) -> dict[str, Tensor]:
+    """Rows (B, seq_len + 1) -> inputs and targets, each (B, seq_len); ids with ``UNSAID`` are no targets.
+
+    With a ``separator``, the id behind each document, also document_ids (B, seq_len): the number of the document in its
+    row that a token belongs to. The separator is still of the one that it ends.
+    """
+    read, targets = rows[:, :-1], rows[:, 1:]
+    batch = {"inputs": read.clamp(min=0) % UNSAID, "targets": torch.where(targets < UNSAID, targets, IGNORE)}
+    if separator is not None:
+        ends = (read == separator).long()
+        batch["document_ids"] = ends.cumsum(dim=1) - ends
+    return batch
 
 
 class TrainLoader:
@@ -39,7 +47,7 @@ class TrainLoader:
     An epoch draws as many rows as the files have together. Without weights each row comes exactly once; with them
     source i supplies its share of the draws, going round and round through its own shuffled rows.
     ``len`` is the number of batches in an epoch; rows that do not fill a batch of all ranks are left to chance.
-    With ``workers`` a thread reads the next batches while the trainer computes.
+    With ``workers`` a thread reads the next batches while the trainer computes. ``separator`` as of ``make_batch``.
     """
 
     def __init__(
@@ -53,7 +61,9 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        separator: int | None = None,
     ) -> None:
+        self.separator = separator
         self.sources, self.seq_len, self.batch_size, self.seed = sources, seq_len, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.counts = [row_count(len(s), seq_len) for s in sources]
@@ -102,7 +112,7 @@ class TrainLoader:
         for first in range(rows_done, self.rows_per_epoch - self.rows_per_batch + 1, self.rows_per_batch):
             mine = range(first + self.rank * self.batch_size, first + (self.rank + 1) * self.batch_size)
             rows = [self._read(int(source[n]), int(row[n])) for n in mine]
-            yield make_batch(torch.from_numpy(np.stack(rows)))
+            yield make_batch(torch.from_numpy(np.stack(rows)), self.separator)
 
     def _read(self, source: int, row: int) -> Ids:
         start = row * self.seq_len
@@ -137,7 +147,17 @@ class EvalLoader:
     All ranks get as many batches, because they compute them together; what is missing in the last round has no targets.
     """
 
-    def __init__(self, ids: Ids, seq_len: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        ids: Ids,
+        seq_len: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        separator: int | None = None,
+    ) -> None:
+        self.separator = separator
         self.ids, self.seq_len, self.batch_size = ids, seq_len, batch_size
         self.rank, self.world_size = rank, world_size
 
@@ -153,11 +173,11 @@ class EvalLoader:
             rows.append(row)
             if len(rows) == self.batch_size:
                 if number % self.world_size == self.rank:
-                    yield make_batch(torch.stack(rows))
+                    yield make_batch(torch.stack(rows), self.separator)
                 rows, number = [], number + 1
         if rows:
             if number % self.world_size == self.rank:
-                yield make_batch(torch.stack(rows))
+                yield make_batch(torch.stack(rows), self.separator)
             number += 1
         if number % self.world_size and self.rank >= number % self.world_size:
-            yield make_batch(torch.full((1, self.seq_len + 1), UNSAID))
+            yield make_batch(torch.full((1, self.seq_len + 1), UNSAID), self.separator)

@@ -26,6 +26,7 @@ from bitnet.data.tokens import FORMAT, UNSAID, TokenStore, Totals, file_digest
 from bitnet.errors import UserError
 
 BATCH_BYTES = 4 << 20
+LARGEST_SHARE = 4
 TOKENIZER_BYTES = 64 << 20
 """Text from which a tokenizer is trained, at most."""
 
@@ -47,8 +48,12 @@ class Splitting:
     seed: int = 0
 
 
-def validation_documents(sizes: list[int], splitting: Splitting) -> set[int]:
-    """Indices of the documents to hold out: at least one, never all, about ``val_fraction`` of the bytes."""
+def validation_documents(sizes: list[int], splitting: Splitting, whole: bool = False) -> set[int]:
+    """Indices of the documents to hold out, about ``val_fraction`` of the bytes and never all.
+
+    None of more than ``LARGEST_SHARE`` times that, unless they must stay ``whole``: a book beside a note is not left
+    out of the training. Where no other is found, the set is empty.
+    """
     order = list(range(len(sizes)))
     if splitting.val_split == "random":
         random.Random(splitting.seed).shuffle(order)
@@ -56,6 +61,10 @@ def validation_documents(sizes: list[int], splitting: Splitting) -> set[int]:
         order.reverse()
     wanted, chosen, held = splitting.val_fraction * sum(sizes), set[int](), 0
     for index in order[: len(order) - 1]:
+        if not whole and sizes[index] > LARGEST_SHARE * wanted:
+            if splitting.val_split == "last":
+                break
+            continue
         if chosen and held + sizes[index] / 2 > wanted:
             break
         chosen.add(index)
@@ -67,7 +76,7 @@ def split_single(document: str, fraction: float) -> tuple[str, str]:
     """Cut one document into its beginning and its end, at a line break where there is one near."""
     cut = max(1, min(len(document) - 1, round(len(document) * (1 - fraction))))
     line = document.rfind("\n", 0, cut) + 1
-    cut = line if line > cut // 2 else cut
+    cut = line if 0 < cut - line <= len(document) - cut < line else cut
     return document[:cut], document[cut:]
 
 
@@ -116,7 +125,8 @@ class _Writer:
         encoded = iter(self.tokenizer.encode_batch(flat, add_special_tokens=False))
         for (name, document), part in zip(self._pending, parts, strict=True):
             ids = [i if said else i + UNSAID for _, said in part for i in next(encoded).ids]
-            # A conversation ends as its template says; what divides it from the next is not the model's to say.
+            # A conversation ends as its template says; what divides it from the next is not the model's to say
+            # (``TokenStore.separator``).
             ids.append(self.eos_id + UNSAID if isinstance(document, ChatText) else self.eos_id)
             with (self.folder / f"{name}.bin").open("ab") as file:
                 file.write(np.asarray(ids, dtype=self.dtype).tobytes())
@@ -131,8 +141,8 @@ def _sample(documents: Iterable[tuple[str, str]], limit: int = TOKENIZER_BYTES) 
         if used >= limit:
             return
         if name != "val":
+            yield document[: limit - used]
             used += len(document)
-            yield document
 
 
 def prepare(
@@ -157,6 +167,7 @@ def prepare(
         given.post_processor = None  # documents are divided by one end-of-text token, and nothing else is added
     settings = {
         "format": FORMAT,
+        "rules": 2,  # raised when the same text and settings make other tokens
         "sources": [c.fingerprint() for c in train],
         "val_sources": [c.fingerprint() for c in val],
         "reading": asdict(reading),
@@ -174,10 +185,11 @@ def prepare(
     sizes = [len(d.encode()) for corpus in train for d in corpus]
     if not sizes:
         raise UserError(f"{', '.join(c.path for c in train)}: no text in it.")
-    if len(sizes) == 1 and not val and reading.chat_template is not None:
+    are_conversations = reading.chat_template is not None
+    held = set[int]() if val else validation_documents(sizes, splitting, whole=are_conversations)
+    cut = None if val or held else splitting.val_fraction
+    if cut is not None and are_conversations:
         raise UserError(f"{train[0].path}: one conversation cannot be divided; give more, or data.val_path.")
-    held = set[int]() if val else validation_documents(sizes, splitting)
-    cut = splitting.val_fraction if not val and len(sizes) == 1 else None
     total = sum(sizes) + sum(len(d.encode()) for corpus in val for d in corpus)
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -217,6 +229,7 @@ def prepare(
         tokenizer.save(str(partial / "tokenizer.json"))
         meta["tokenizer_sha256"] = file_digest(partial / "tokenizer.json")
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        os.chmod(partial, 0o755)  # mkdtemp's are the user's own, and folders of tokens are shared
         try:
             os.replace(partial, folder)
         except OSError:

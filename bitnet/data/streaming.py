@@ -35,8 +35,8 @@ def _file_documents(files: list[Any], reading: Reading) -> Iterator[dict[str, st
             yield {reading.text_key: document}
 
 
-def open_stream(paths: list[str], weights: list[float] | None, reading: Reading, seed: int) -> Any:
-    """A ``datasets.IterableDataset`` over all sources; its own state tells how far it has been read."""
+def open_streams(paths: list[str], reading: Reading) -> list[Any]:
+    """A ``datasets.IterableDataset`` for each source; its own state tells how far it has been read."""
     import datasets
 
     streams = []
@@ -48,6 +48,13 @@ def open_stream(paths: list[str], weights: list[float] | None, reading: Reading,
         else:
             arguments = {"files": list_files(path), "reading": reading}
             streams.append(datasets.IterableDataset.from_generator(_file_documents, gen_kwargs=arguments))
+    return streams
+
+
+def interleave(streams: list[Any], weights: list[float] | None, seed: int) -> Any:
+    """One stream of all, until each has ended once; those that end before the others begin again."""
+    import datasets
+
     if len(streams) == 1:
         return streams[0]
     total = sum(weights) if weights else len(streams)
@@ -55,10 +62,12 @@ def open_stream(paths: list[str], weights: list[float] | None, reading: Reading,
     return datasets.interleave_datasets(streams, probabilities, seed=seed, stopping_strategy="all_exhausted")
 
 
-def take_head(dataset: Any, text_key: str, val_bytes: int, sample_bytes: int) -> tuple[list[str], list[str], int]:
-    """From the start of a stream: documents to validate on, a sample for a tokenizer, and how many records they are.
+def take_head(
+    dataset: Any, path: str, text_key: str, val_bytes: int, sample_bytes: int
+) -> tuple[list[str], list[str], int]:
+    """From the start of a stream: documents to validate on, a sample for a tokenizer, and records before that sample.
 
-    Raises ``UserError`` when the stream ends before there is anything left to train on.
+    Raises ``UserError``, which names ``path``, when the stream ends before there is anything left to train on.
     """
     val: list[str] = []
     sample: list[str] = []
@@ -76,7 +85,10 @@ def take_head(dataset: Any, text_key: str, val_bytes: int, sample_bytes: int) ->
             if sample_size >= sample_bytes:
                 break
     if not sample:
-        raise UserError(f"data.path: the stream ends within the first {val_bytes} bytes, which are held out.")
+        raise UserError(
+            f"data.path: {path}: the stream ends with the documents of its first {val_bytes} bytes, which are held "
+            "out; give data.val_path, or lower data.stream_val_bytes."
+        )
     return val, sample, records
 
 
@@ -124,7 +136,9 @@ class StreamLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        separator: int | None = None,
     ) -> None:
+        self.separator = separator
         self.stream, self.tokenizer, self.eos_id = dataset, tokenizer, eos_id
         self.seq_len, self.batch_size, self.text_key = seq_len, batch_size, text_key
         self.length, self.seed = length, seed
@@ -155,7 +169,7 @@ class StreamLoader:
                 if self._rows_done >= len(rows):
                     self._place, self._rows_done, rows = after, 0, None
             mine = np.concatenate(parts)[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            yield make_batch(torch.from_numpy(mine.astype(np.int64)))
+            yield make_batch(torch.from_numpy(mine.astype(np.int64)), self.separator)
 
     def _blocks(self, place: Place) -> Iterator[tuple[Ids, Place]]:
         """Shuffled rows (R, seq_len + 1) of one block after another, each with the place behind it."""

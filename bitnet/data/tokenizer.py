@@ -55,15 +55,18 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json file, or the one in a folder."""
+    """A tokenizer.json file, or the one in a folder; what it would cut off from a text, or fill it up with, is left."""
     path = Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such tokenizer file.")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         raise UserError(f"{file}: not a tokenizer.json ({str(error)[:100]}).") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def find_eos(tokenizer: Tokenizer, name: str | None = None) -> int:

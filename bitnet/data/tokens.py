@@ -81,6 +81,17 @@ class TokenStore:
         return self.tokenizer.get_vocab_size()
 
     @property
+    def separator(self) -> int:
+        """The id behind each document. Conversations have the same one behind answers, too, which the model says."""
+        return self.eos_id + UNSAID if self.chat_template is not None else self.eos_id
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja text, where the documents are conversations."""
+        template: str | None = self.meta["settings"].get("reading", {}).get("chat_template")
+        return template
+
+    @property
     def sources(self) -> int:
         return len(self.meta["train"])
 
@@ -94,7 +105,7 @@ class TokenStore:
         """Memory-mapped ids of ``val`` or ``train-<i>``."""
         file = self.folder / f"{name}.bin"
         expected = self.totals(name).tokens * self._dtype.itemsize
-        if not file.is_file() or file.stat().st_size != expected:
+        if expected and not (file.is_file() and file.stat().st_size == expected):
             raise UserError(f"{file}: missing or not of {expected} bytes; delete {self.folder} to prepare it again.")
         ids = np.memmap(file, dtype=self._dtype, mode="r") if expected else np.zeros(0, self._dtype)
         head = ids[:LOOKED_AT]
@@ -130,12 +141,6 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def is_token_folder(path: str) -> bool:
     return (Path(path).expanduser() / "meta.json").is_file()
-
-
-def document_ids(inputs: Tensor, eos_id: int) -> Tensor:
-    """Number of the document that each token of inputs (B, T) belongs to; a document's EOS is still its own."""
-    ends = (inputs == eos_id).long()
-    return ends.cumsum(dim=1) - ends
 
 
 def validation_rows(ids: np.ndarray[Any, np.dtype[Any]], seq_len: int) -> Iterator[Tensor]:

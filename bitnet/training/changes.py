@@ -26,7 +26,10 @@ and tokenizer by their content, the optimizer by its state, random numbers becau
 
 DECIDES_THE_MODEL = (
     "model.recipe.class_path",
-    *(f"model.recipe.init_args.{name}" for name in ("weight", "scale_per", "learned_scale")),
+    *(
+        f"model.recipe.init_args.{name}"
+        for name in ("weight", "scale_per", "learned_scale", "rank", "ranges", "group_size")
+    ),
 )
 """Another value makes another model, for which ``model.init_from`` begins a new run."""
 

@@ -7,8 +7,8 @@ ones. Each new run gets a folder of its own; ``--ckpt_path last`` continues the 
 import inspect
 import os
 import pkgutil
-import shutil
 import sys
+import traceback
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,9 @@ import yaml
 from bitnet.training.without_triton import triton_unseen_without_gpu
 
 with triton_unseen_without_gpu():
+    import lightning
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bitnet.checkpoint import build, check_fits, find_checkpoint, is_float, read_checkpoint
@@ -46,11 +48,20 @@ from bitnet.training.interruption import Interrupted, ended_by_signals
 from bitnet.training.lit import LitBitNet
 from bitnet.training.optim import check_same_kind
 from bitnet.training.report import RunReport
-from bitnet.training.run_folder import find_run, is_first_process, is_free, new_run_folder, warn
+from bitnet.training.run_folder import (
+    find_run,
+    is_first_process,
+    is_free,
+    new_run_folder,
+    set_aside,
+    settle,
+    warn,
+)
 from bitnet.training.shipped import find_config
 from bitnet.training.tensorboard import RunLogger
 
 DEFAULT_CONFIG = "tiny"
+LIGHTNING = Path(lightning.__file__).parent
 KEEP_LOW_BITS = "to go on with low bits set model.recipe.quantize_from = 0 and quantizer_warmup = 0"
 
 
@@ -117,6 +128,7 @@ class FitCLI(LightningCLI):
         """Checkpoints hold no hyper-parameters that could override the config: nothing to parse."""
 
     def before_instantiate_classes(self) -> None:
+        self._replaced: Path | None = None
         config = self.config.fit
         root = Path(config.trainer.default_root_dir)
         self.ckpt_path: Path | None = None
@@ -137,6 +149,7 @@ class FitCLI(LightningCLI):
         contents = {f"{option} {path}": read_checkpoint(path) for option, path in others.items() if path}
         if self.model.recipe.needs_parent:
             self._adopt(contents[f"model.init_from {self.model.init_from}"]["bitnet"])
+        self.model.check_length(self.datamodule.seq_len)
         self.datamodule.progress = PreparationProgress()
         store = self.datamodule.prepare_tokens()
         model_config = replace(self.model.config, vocab_size=store.vocab_size)
@@ -154,6 +167,12 @@ class FitCLI(LightningCLI):
                 check_same_kind(saved, self.model.optim)
         if self.ckpt_path is None and is_first_process():
             self.run_folder = new_run_folder(self.run_folder, config.overwrite)
+            parent = self.model.init_from
+            if parent and Path(parent).resolve().is_relative_to(self.run_folder.resolve()):
+                raise UserError(
+                    f"--overwrite: model.init_from = {parent} is of the run that would be replaced; choose another "
+                    "trainer.default_root_dir."
+                )
         kwargs["default_root_dir"] = str(self.run_folder)
         if config.trainer.logger is True:
             kwargs["logger"] = RunLogger(self.run_folder, name="", version="")
@@ -161,16 +180,23 @@ class FitCLI(LightningCLI):
         kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
         callbacks = self.config_init.fit.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, LastCheckpoint()]
         own_kinds = {type(callback) for callback in callbacks}
-        defaults = self.trainer_defaults["callbacks"]
-        self.trainer_defaults["callbacks"] = [c for c in defaults if type(c) not in own_kinds]
+        defaults = [*self.trainer_defaults["callbacks"], Replacement(self)]
+        if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
+            defaults.insert(0, LastCheckpoint())
+        unwanted = (
+            *((Checkpoint,) if config.trainer.enable_checkpointing is False else ()),
+            *((ProgressBar,) if config.trainer.enable_progress_bar is False else ()),
+        )
+        kwargs["callbacks"] = [c for c in callbacks if not isinstance(c, unwanted)]
+        self.trainer_defaults["callbacks"] = [
+            c for c in defaults if type(c) not in own_kinds and not isinstance(c, unwanted)
+        ]
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-        _check_intervals(trainer)
+        _check_trainer(trainer)
         # Others look at the random state, so it is restored before their turn; those of a config would come first.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RandomState))
         return trainer
@@ -212,7 +238,9 @@ class FitCLI(LightningCLI):
     def _adopt(self, parent: dict[str, Any]) -> None:
         """Take sizes and tokenizer from the model that the recipe starts from, so that nobody has to repeat them."""
         self.model.check_is_float(parent, self.model.init_from)
-        self.model.config, _ = build(parent)
+        asked, (self.model.config, _) = self.model.config.dropout, build(parent)
+        if asked != ModelConfig.dropout:  # no part of what the parent is
+            self.model.config = replace(self.model.config, dropout=asked)
         tokenizer = find_checkpoint(self.model.init_from).parent.parent / "tokenizer.json"
         if self.datamodule.tokenizer_path is None and tokenizer.is_file():
             self.datamodule.tokenizer_path = str(tokenizer)
@@ -222,6 +250,20 @@ class FitCLI(LightningCLI):
         self.model.check_strategy(self.trainer.strategy)
         if is_first_process():
             self._make_run_folder()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            self._settle(failed=True)
+            raise
+        self._settle(failed=False)
+
+    def _settle(self, failed: bool) -> None:
+        """The run that this one replaces: gone, or back where this one ``failed`` before it had saved anything."""
+        if self._replaced is not None:
+            settle(self._replaced, self.run_folder, failed)
+            self._replaced = None
 
     def after_fit(self) -> None:
         """A run that was stopped between its last step and the validation after it has only that left to do."""
@@ -235,7 +277,7 @@ class FitCLI(LightningCLI):
                 raise UserError(
                     f"{self.run_folder}: another run has begun there in the meantime; start this one again."
                 )
-            shutil.rmtree(self.run_folder)  # nothing is wrong with the new run
+            self._replaced = set_aside(self.run_folder)
         self.run_folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.run_folder / "checkpoints"
         for folder in (self.run_folder, checkpoints, self.run_folder / "incidents"):
@@ -256,6 +298,33 @@ class FitCLI(LightningCLI):
             saved["model"]["config"] = asdict(self.model.config)
             saved["data"]["tokenizer"] = self.datamodule.tokenizer_path
         write_text_atomically(yaml.safe_dump(saved, sort_keys=False), self.run_folder / "config.yaml")
+
+
+class Replacement(Callback):
+    """Removes the run that was replaced as soon as the new one has saved."""
+
+    def __init__(self, cli: FitCLI) -> None:
+        self.cli = cli
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.cli._replaced and (self.cli.run_folder / "checkpoints" / LAST).exists():
+            self.cli._settle(failed=False)
+
+
+def _check_trainer(trainer: Any) -> None:
+    """Refuse numbers that Lightning takes and fails on, or means otherwise than this library; and what follows."""
+    for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+        value = getattr(trainer, name)
+        if value is not None and value < least:
+            raise UserError(f"trainer.{name} = {value}: must be {least} or more.")
+    if getattr(trainer, "val_check_interval", None) == 0:  # Lightning has none where the clock decides
+        raise UserError("trainer.val_check_interval = 0: must be more; trainer.limit_val_batches = 0 never validates.")
+    if trainer.overfit_batches:
+        raise UserError(
+            f"trainer.overfit_batches = {trainer.overfit_batches}: would take other rows in each epoch; give a short "
+            "text as data.path and as data.val_path."
+        )
+    _check_intervals(trainer)
 
 
 def _check_intervals(trainer: Any) -> None:
@@ -362,6 +431,14 @@ def parse_config(args: list[str]) -> ParsedConfig:
     )
 
 
+def _of_lightning(error: Exception) -> UserError | None:
+    """What Lightning's own code refuses once a run begins: options that cannot be met. None for other errors."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not Path(frames[-1].filename).is_relative_to(LIGHTNING):
+        return None
+    return UserError(f"trainer: {' '.join(str(error).split())}")
+
+
 def main(args: list[str] | None = None) -> int:
     """Run ``fit``; return the exit code."""
     args = list(sys.argv[1:] if args is None else args)
@@ -377,8 +454,8 @@ def main(args: list[str] | None = None) -> int:
         if is_first_process():
             print(end, file=sys.stderr)
         return end.exit_code
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
-        known = error if isinstance(error, UserError) else of_the_machine(error)
+    except Exception as error:
+        known = error if isinstance(error, UserError) else of_the_machine(error) or _of_lightning(error)
         if debug or known is None:
             raise
         return report_error(known)

@@ -116,10 +116,13 @@ class LitBitNet(L.LightningModule):
         vocab_size = self.data.tokens.vocab_size
         if vocab_size != self.config.vocab_size:
             self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
-        if self.config.max_seq_len < self.data.seq_len:
+        self.check_length(self.data.seq_len)
+
+    def check_length(self, seq_len: int) -> None:
+        """Refuse rows that are longer than the model's context."""
+        if self.config.max_seq_len < seq_len:
             raise UserError(
-                f"data.seq_len = {self.data.seq_len} is longer than "
-                f"model.config.max_seq_len = {self.config.max_seq_len}."
+                f"data.seq_len = {seq_len} is longer than model.config.max_seq_len = {self.config.max_seq_len}."
             )
 
     def configure_model(self) -> None:
@@ -140,7 +143,6 @@ class LitBitNet(L.LightningModule):
             "calibration_tokens": sum(batch.numel() for batch in batches),
             "block_tokens": getattr(self.recipe, "found", {}).get("block_tokens", 0),
         }
-        self._apply_stage(model)
         model.loss_chunk, model.recomputes_blocks = self.loss_chunk, self.activation_checkpointing
         for layer in low_bit_layers(model).values():
             layer.arithmetic = self.arithmetic
@@ -160,7 +162,7 @@ class LitBitNet(L.LightningModule):
         content = checkpoint.read_checkpoint(path)
         self._check_fits(content["bitnet"], f"model.init_from = {path}")
         self.check_is_float(content["bitnet"], path)
-        checkpoint.load_state(model, checkpoint.model_state(content), f"model.init_from = {path}")
+        checkpoint.load_state(model, checkpoint.without_factors(content), f"model.init_from = {path}")
 
     def check_recipe(self) -> None:
         """Refuse a recipe with nothing to start from, nothing to train or no such gradients, before any work begins."""
@@ -217,15 +219,17 @@ class LitBitNet(L.LightningModule):
 
     # ---- training
 
-    def _apply_stage(self, model: Transformer) -> None:
-        self.recipe.on_step(model, self.global_step, self.total_steps)
+    def _apply_stage(self) -> None:
+        """Not before training or validation begins: to ask for ``total_steps`` makes the loaders, and Lightning gives a
+        loader its place in the data when it makes it, which is in the checkpoint."""
+        self.recipe.on_step(self.transformer, self.global_step, self.total_steps)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.steps_now = False
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         apply_schedule(optimizer, self.optim, self.schedule, self.global_step, self.total_steps)
-        self._apply_stage(self.transformer)
+        self._apply_stage()
         if self.is_spread:
             self._refresh_spread()
         elif not self.compile_blocks and (self.trainer.accumulate_grad_batches > 1 or self.device.type == "cuda"):
@@ -285,6 +289,7 @@ class LitBitNet(L.LightningModule):
     # ---- validation
 
     def on_validation_epoch_start(self) -> None:
+        self._apply_stage()
         if self.is_spread:
             self._refresh_spread()
         self._validation = Score()

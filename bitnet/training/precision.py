@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 
-from bitnet.layers import BitLinear
+from bitnet.layers import BitLinear, FakeQuantizedLinear
 
 
 class LatentFloat32(HalfPrecision):
@@ -30,7 +30,7 @@ class LatentFloat32(HalfPrecision):
             return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
         for part in module.modules():
-            if not isinstance(part, BitLinear):
+            if not isinstance(part, BitLinear | FakeQuantizedLinear):
                 apply: Any = part._apply
                 apply(narrowed, recurse=False)
         return module

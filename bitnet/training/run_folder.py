@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,25 @@ def new_run_folder(root: Path, overwrite: bool) -> Path:
     while (folder := root.with_name(f"{root.name}-{number}")).exists():
         number += 1
     return folder
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run that another one replaces; ``settle`` removes it, or puts it back."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    if aside.exists():  # a replacement was killed: one of the two has nothing in it that was trained
+        shutil.rmtree(aside if _checkpoints(folder) else folder)
+    if not aside.exists():
+        folder.rename(aside)
+    return aside
+
+
+def settle(aside: Path, folder: Path, failed: bool) -> None:
+    """End a replacement: nothing that was trained is lost where the new run ``failed`` before it could save."""
+    if failed and not _checkpoints(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    else:
+        shutil.rmtree(aside)
 
 
 def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:

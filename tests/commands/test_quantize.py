@@ -11,7 +11,7 @@ import torch
 from bitnet.__main__ import main
 from bitnet.checkpoint import load_checkpoint, read_checkpoint
 from bitnet.commands.quantize import RECIPE_NAMES
-from bitnet.data.tokens import TokenStore
+from bitnet.data.tokens import UNSAID, TokenStore
 from bitnet.inference.files import load_packed
 from bitnet.layers import quantized_layers
 from bitnet.recipes import POST_TRAINING, EfficientQAT
@@ -145,6 +145,47 @@ def test_posttrain_configs_run_and_resume(
     capsys.readouterr()
     assert main(["evaluate", str(folders["whole"]), "--data.path", str(stories), "--limit", "2"]) == 0
     assert "bits per byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_latent_weights_of_qat_stay_float32_where_the_rest_is_bf16(late, float_run, stories, tmp_path) -> None:
+    """And dropout, no part of what the parent is, is what was asked for."""
+    command = ["fit", "--config", "posttrain/qat", "--config", "overlays/bf16_true", f"--data.path={stories}"]
+    command += [f"--model.init_from={float_run}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2"]
+    command += ["--data.seq_len=32", "--data.batch_size=4", "--trainer.accelerator=cpu", "--model.config.dropout=0.25"]
+    command += ["--model.recipe.activation_bits=8", f"--model.recipe.act_from={late}"]
+    assert fit(command) == 0
+    content = read_checkpoint(tmp_path)
+    assert content["bitnet"]["config"]["dropout"] == 0.25
+    dtypes = {name: t.dtype for name, t in content["state_dict"].items() if t.is_floating_point() and t.ndim == 2}
+    latent = {dtype for name, dtype in dtypes.items() if name.split(".")[-2] in ("wq", "wo", "w1", "w2")}
+    assert latent == {torch.float32}
+    assert dtypes["model.tok_embeddings.weight"] == torch.bfloat16
+    assert load_checkpoint(tmp_path)[0](torch.zeros(1, 3, dtype=torch.int64)).isfinite().all()
+
+
+def test_conversations_end_with_the_token_of_the_parent(float_run, tmp_path, capsys) -> None:
+    """Known only when the parent has been read."""
+    content = torch.load(float_run / "checkpoints" / "last.ckpt", weights_only=True)
+    parent = tmp_path / "parent"
+    (parent / "checkpoints").mkdir(parents=True)
+    content["bitnet"]["tokenizer"] = content["bitnet"]["tokenizer"].replace("<|endoftext|>", "</s>")
+    torch.save(content, parent / "checkpoints" / "last.ckpt")
+    (parent / "tokenizer.json").write_text(content["bitnet"]["tokenizer"])
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}]
+    (tmp_path / "talks.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 50))
+    command = ["fit", "--config", "posttrain/qat", f"--data.path={tmp_path / 'talks.jsonl'}"]
+    command += [
+        f"--model.init_from={parent}",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+        "--trainer.max_steps=1",
+    ]
+    command += ["--data.seq_len=32", "--data.batch_size=2", "--trainer.accelerator=cpu", "--data.chat_template=plain"]
+    assert fit(command) == 0
+    store = TokenStore(Path(json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["folder"]))
+    ids = store.ids("train-0") % UNSAID
+    end = store.tokenizer.token_to_id("</s>")
+    assert end == store.eos_id and (ids == end).sum() == 2 * store.totals("train-0").documents
 
 
 def test_synthesized_text_trains_without_the_data(

@@ -14,8 +14,8 @@ from bitnet.data.tokens import TokenStore
 def run_prepare(tmp_path: Path) -> Callable[..., TokenStore]:
     """Prepare tokens of a path with small settings, in a cache of this test."""
 
-    def prepare(path: Path | str, **options: Any) -> TokenStore:
+    def prepare(path: Path | str | list[str], **options: Any) -> TokenStore:
         settings = {"vocab_size": 300, "seq_len": 16, "batch_size": 2, "cache_dir": str(tmp_path / "cache"), **options}
-        return TokenDataModule(str(path), **settings).prepare_tokens()
+        return TokenDataModule(path if isinstance(path, list) else str(path), **settings).prepare_tokens()
 
     return prepare

@@ -59,6 +59,11 @@ def test_json_lines_and_parquet(tmp_path) -> None:
 
     datasets.Dataset.from_list([{"text": "in a"}, {"text": "table"}]).to_parquet(tmp_path / "c.parquet")
     assert read(tmp_path / "c.parquet") == ["in a", "table"]
+    datasets.Dataset.from_list([{"text": "in a"}, {"text": None}, {"text": ""}]).to_parquet(tmp_path / "d.parquet")
+    assert read(tmp_path / "d.parquet") == ["in a"]
+    datasets.Dataset.from_list([{"text": 3}]).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(UserError, match="column 'text' holds no text but int"):
+        read(tmp_path / "e.parquet")
 
 
 def test_hugging_face_dataset_by_name(tmp_path) -> None:
@@ -92,6 +97,9 @@ BAD = {
     "broken.txt.xz": (b"not xz at all", "cannot be decompressed"),
     "broken.txt.zst": (b"not zstandard", "cannot be read"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+    "half.jsonl": (b'{"text": "half a character: \\ud83d"}\n', "line 1 cannot be read ('utf-8' codec"),
+    "long.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "line 1 cannot be read (Exceeds the limit"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 1 cannot be read (maximum recursion"),
     "other.jsonl": (b'{"body": "a"}\n', "line 1 has no text under 'text' (it has: body)"),
     "list.jsonl": (b"[1, 2]\n", "line 1 has no text"),
     "broken.parquet": (b"PAR1 nothing", "not a readable .parquet"),

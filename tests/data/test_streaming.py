@@ -4,12 +4,14 @@ import itertools
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bitnet.data.corpora import Reading
-from bitnet.data.streaming import StreamLoader, open_stream, take_head
+from bitnet.data.datamodule import TokenDataModule
+from bitnet.data.streaming import StreamLoader, interleave, open_streams, take_head
 from bitnet.data.tokenizer import train_tokenizer
 from bitnet.errors import UserError
 
@@ -33,7 +35,7 @@ def tokenizer():
 
 
 def stream(paths: list[str], tokenizer, weights=None, rows=2, **options) -> StreamLoader:
-    dataset = open_stream(paths, weights, Reading(), seed=0)
+    dataset = interleave(open_streams(paths, Reading()), weights, seed=0)
     settings = {"text_key": "text", "block_batches": 3, "length": 10**9, **options}
     return StreamLoader(dataset, tokenizer, 0, 16, rows, **settings)
 
@@ -79,7 +81,7 @@ def test_resume_at_every_batch_is_exact_over_several_passes(shards, tokenizer, t
 
 
 def test_ranks_share_the_batches_of_one_process(shards, tokenizer) -> None:
-    dataset = open_stream([str(shards)], None, Reading(), seed=0)
+    (dataset,) = open_streams([str(shards)], Reading())
     alone = StreamLoader(dataset, tokenizer, 0, 16, 4, text_key="text", block_batches=3, length=99)
     ranks = [take(stream([str(shards)], tokenizer, rank=r, world_size=2), 9) for r in (0, 1)]
     together = [torch.cat(pair) for pair in zip(*ranks, strict=True)]
@@ -87,12 +89,36 @@ def test_ranks_share_the_batches_of_one_process(shards, tokenizer) -> None:
 
 
 def test_head_is_held_out(shards) -> None:
-    dataset = open_stream([str(shards)], None, Reading(), seed=0)
-    val, sample, records = take_head(dataset, "text", 1000, 2000)
+    (dataset,) = open_streams([str(shards)], Reading())
+    val, sample, records = take_head(dataset, "shards", "text", 1000, 2000)
     assert records == len(val) and sum(len(v) for v in val) >= 1000 > sum(len(v) for v in val[:-1])
     assert next(iter(dataset.skip(records)))["text"] == sample[0]
-    with pytest.raises(UserError, match="ends within the first"):
-        take_head(dataset, "text", 10**9, 1)
+    with pytest.raises(UserError, match="shards: the stream ends with the documents of its first 1000000000 bytes"):
+        take_head(dataset, "shards", "text", 10**9, 1)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.5]])
+def test_what_is_held_out_of_several_streams_is_never_trained_on(tmp_path, weights) -> None:
+    """Each has lines of its own; the small one begins again four times within a pass of the large one."""
+    for name, lines in (("large", 160), ("small", 40)):
+        documents = [json.dumps({"text": f"{name} document {i} of the stream, held out or not."}) for i in range(lines)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(documents))
+    paths = [str(tmp_path / "large.jsonl"), str(tmp_path / "small.jsonl")]
+    data = TokenDataModule(
+        paths, weights=weights, streaming=True, stream_val_bytes=1000, stream_block=2, seq_len=32, batch_size=2,
+        vocab_size=300, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    data.trainer = SimpleNamespace(max_steps=9, accumulate_grad_batches=1, distributed_sampler_kwargs=None)
+    store = data.prepare_tokens()
+    decode = store.tokenizer.decode
+    held = decode(store.ids("val").tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    assert sum("large" in d for d in held) > 5 and sum("small" in d for d in held) > 5
+    loader, trained = data.train_dataloader(), []
+    for ids, passes, _ in loader._encoded(loader._place):
+        if passes > 1:
+            break
+        trained += decode(ids.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    assert len(set(trained)) > 150 and not set(filter(None, held)) & set(trained)
 
 
 @pytest.mark.parametrize("chunk", [1, 600, 1 << 18])

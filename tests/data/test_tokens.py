@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bitnet.data.corpora import Reading, open_corpus
 from bitnet.data.datamodule import TokenDataModule
-from bitnet.data.prepare import Splitting, validation_documents
+from bitnet.data.loader import make_batch
+from bitnet.data.prepare import Splitting, _sample, split_single, validation_documents
 from bitnet.data.tokenizer import EOS, find_eos, pieces, token_byte_lengths, train_tokenizer
-from bitnet.data.tokens import document_ids, validation_rows
+from bitnet.data.tokens import UNSAID, validation_rows
 from bitnet.errors import UserError
 from bitnet.loss import IGNORE
 
@@ -99,12 +100,51 @@ def test_single_document_is_cut_at_its_end(tmp_path, run_prepare) -> None:
 
 
 def test_split_is_by_whole_documents() -> None:
-    sizes = [100] * 50 + [5000]
-    last = validation_documents(sizes, Splitting(val_fraction=0.1, val_split="last"))
-    assert last == {50}
+    sizes = [100] * 50 + [1000]
+    last = Splitting(val_fraction=0.1, val_split="last")
+    assert validation_documents(sizes, last) == {50}
+    assert validation_documents([100] * 50 + [5000], last) == set()  # half of the text: rather cut the ends
     one, other = (validation_documents(sizes, Splitting(val_fraction=0.02, seed=s)) for s in (1, 2))
     assert one != other and 0 < len(one) < 50
     assert validation_documents([10, 10], Splitting(val_fraction=0.99)) in ({0}, {1})
+    for seed in range(6):
+        assert validation_documents([100_000, 700], Splitting(seed=seed)) <= {1}  # the book is for training
+        assert len(validation_documents([100_000, 700], Splitting(seed=seed), whole=True)) == 1
+
+
+def test_documents_that_are_too_large_to_be_held_out_are_cut(tmp_path, run_prepare) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"line {i} of {name}" for i in range(400)))
+    (tmp_path / "empty.txt").write_text("")
+    store = run_prepare([str(tmp_path / f"{name}.txt") for name in ("a", "b", "empty")])
+    shares = [store.totals(f"train-{i}").documents for i in range(3)]
+    assert shares == [1, 1, 0] and store.totals("val").documents == 2 and len(store.ids("train-2")) == 0
+    held = store.totals("val").text_bytes
+    assert held / (held + sum(store.totals(f"train-{i}").text_bytes for i in range(2))) == pytest.approx(0.05, abs=0.01)
+
+
+def test_a_cut_is_near_where_it_was_asked_for() -> None:
+    text = "a" * 520 + "\n" + "b" * 480
+    assert [len(part) for part in split_single(text, 0.05)] == [951, 50]
+    text = "a" * 930 + "\n" + "b" * 69
+    assert [len(part) for part in split_single(text, 0.05)] == [931, 69]
+
+
+def test_a_sample_for_a_tokenizer_ends_inside_a_document() -> None:
+    documents = [("train-0", "a" * 8), ("val", "b" * 8), ("train-0", "c" * 8), ("train-0", "d")]
+    assert list(_sample(documents, limit=10)) == ["a" * 8, "c" * 2]
+
+
+@pytest.mark.parametrize("kind", ["truncation", "padding"])
+def test_a_given_tokenizer_neither_cuts_nor_fills(stories, tmp_path, run_prepare, kind) -> None:
+    """As transformers saves them: its tokenizers remember what they were last asked to do."""
+    plain = run_prepare(stories)
+    tokenizer = Tokenizer.from_file(str(plain.folder / "tokenizer.json"))
+    tokenizer.enable_truncation(8) if kind == "truncation" else tokenizer.enable_padding(length=99)
+    tokenizer.save(str(tmp_path / "given.json"))
+    store = run_prepare(stories, tokenizer=str(tmp_path / "given.json"))
+    assert np.array_equal(store.ids("train-0"), plain.ids("train-0"))
+    assert np.array_equal(store.ids("val"), plain.ids("val"))
 
 
 def test_cache_is_keyed_by_content_tokenizer_and_settings(tmp_path, run_prepare) -> None:
@@ -159,6 +199,11 @@ def test_prepared_folder_is_taken_as_it_is_and_damage_is_noticed(stories, tmp_pa
     shutil.copytree(run_prepare(stories).folder, folder)
     store = run_prepare(folder)
     assert store.folder == folder and store.totals("train-0").documents > 30
+    for option, value in (("val_path", str(stories)), ("chat_template", "plain")):
+        with pytest.raises(UserError, match=f"data.{option}: .* is a prepared token folder, which has this"):
+            run_prepare(folder, **{option: value})
+    with pytest.raises(UserError, match="weights has 2 numbers for 1 paths"):
+        run_prepare(folder, weights=[1.0, 2.0])
     with (folder / "val.bin").open("ab") as file:
         file.write(b"\0\0")
     with pytest.raises(UserError, match=r"val\.bin: missing or not of"):
@@ -174,5 +219,10 @@ def test_rows_predict_every_id_once() -> None:
 
 
 def test_document_ids() -> None:
-    inputs = torch.tensor([[5, 6, 0, 7, 0, 0, 8]])
-    assert document_ids(inputs, 0).tolist() == [[0, 0, 0, 1, 1, 2, 3]]
+    rows = torch.tensor([[5, 6, 0, 7, 0, 0, 8, 0]])
+    assert "document_ids" not in make_batch(rows)
+    assert make_batch(rows, 0)["document_ids"].tolist() == [[0, 0, 0, 1, 1, 2, 3]]
+    rows[0, 4] += UNSAID  # behind a conversation; the others end answers
+    batch = make_batch(rows, UNSAID)
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 0, 1, 1]]
+    assert batch["inputs"].tolist() == [[5, 6, 0, 7, 0, 0, 8]]

@@ -17,12 +17,15 @@ from bitnet.training.lit import LitBitNet
 from ..conftest import tiny_options
 from ..runs import STREAM, WINDOW, WORKERS, run_digest, run_python
 
+EPOCHS = ("--trainer.max_epochs=9",)  # Lightning asks for the length of the data before it restores a place in it
+
 
 @pytest.mark.parametrize(
     "options",
     [
         pytest.param((), id="rows"),
         pytest.param(STREAM, id="stream"),
+        pytest.param(EPOCHS, id="epochs"),
         pytest.param((*STREAM, *WINDOW, *WORKERS), id="both-workers"),
         pytest.param(WINDOW, id="window", marks=pytest.mark.slow),
         pytest.param((*STREAM, *WINDOW), id="both", marks=pytest.mark.slow),

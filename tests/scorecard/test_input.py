@@ -60,13 +60,23 @@ VALUES = {
     "--data.vocab_size=100": "data.vocab_size = 100: byte-level BPE needs at least 257",
     "--data.batch_size=0": "data.batch_size = 0",
     "--data.val_fraction=1.5": "data.val_fraction = 1.5",
+    "--data.val_batch_size=-1": "data.val_batch_size = -1: must be at least 1",
+    "--data.seed=-1": "data.seed = -1: must be 0 or more",
     "--data.weights=[1,2]": "data.weights has 2 numbers for 1 paths",
+    "--data.weights=[.nan]": "data.weights = [nan]: each must be a number",
+    "--data.eos_token=</s>": "data.eos_token = </s>: a tokenizer that is trained here ends texts with <|endoftext|>",
     "--data.tokenizer=nowhere.json": "nowhere.json: no such tokenizer file",
     "--model.init_from=nowhere": "nowhere: no such run folder",
     "--ckpt_path=nowhere.ckpt": "nowhere.ckpt: no such checkpoint",
     "--ckpt_path=last": "has saved a checkpoint yet",
     "--trainer.accelerator=cuda": "CUDAAccelerator",
     "--trainer.precision=fp99": "trainer.precision",
+    "--trainer.precision=transformer-engine": "transformer_engine",
+    "--trainer.gradient_clip_val=-1": "trainer.gradient_clip_val = -1: must be 0 or more",
+    "--trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches = 0: must be 1 or more",
+    "--trainer.val_check_interval=0": "trainer.val_check_interval = 0: must be more",
+    "--trainer.overfit_batches=1": "trainer.overfit_batches = 1: would take other rows in each epoch",
+    "--seed_everything=-3": "-3 is not in bounds",
     "--config=tinny": "no such file, and no shipped config. Did you mean 'tiny'?",
 }
 
@@ -77,7 +87,7 @@ def line_of(capsys: pytest.CaptureFixture[str], code: int) -> str:
     return lines[0] if code == 2 and len(lines) == 1 and lines[0].startswith("error: ") else ""
 
 
-@pytest.mark.check("I1", "typos and wrong values are refused before any work, with the nearest key", 41)
+@pytest.mark.check("I1", "typos and wrong values are refused before any work, with the nearest key", 50)
 def test_configs(tmp_path, stories, capsys, tally) -> None:
     run = tmp_path / "run"
     for typo, nearest in TYPOS.items():
