@@ -229,11 +229,11 @@ def model_of(
     content: dict[str, Any], path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[Transformer, Tokenizer]:
     """``load_checkpoint`` for what ``read_checkpoint`` gave; ``path`` is for messages."""
-    from tokenizers import Tokenizer
+    from bitnet.data.tokenizer import parse_tokenizer
 
     try:
         config, recipe = build(content["bitnet"])
-        tokenizer = Tokenizer.from_str(content["bitnet"]["tokenizer"])
+        tokenizer = parse_tokenizer(content["bitnet"]["tokenizer"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -255,7 +255,10 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str, a
     Imported weights keep the dtype of their file on disk; the model gets float32. Raises ``UserError`` for others.
     """
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
+    except RuntimeError as error:  # of a tensor with another shape
+        raise UserError(f"{where}: tensors do not fit the model: {str(error).splitlines()[-1].strip()}") from error
     if model.config.tie_embeddings:
         model.lm_head.weight = model.tok_embeddings.weight
         missing = [name for name in missing if name != "lm_head.weight"]

@@ -40,10 +40,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, ok, rule in (
-            ("temperature", 0.0 <= self.temperature < float("inf"), "0 or more"),
+            ("temperature", self.temperature == 0.0 or 1e-4 <= self.temperature < float("inf"), "0, or 0.0001 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits"),
             ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "greater than 0"),
         ):
             if not ok:
@@ -175,19 +176,30 @@ def generate_tokens(
 
 
 class TextStream:
-    """Tokens in, text out: holds back halves of characters and what may be the beginning of a stop string."""
+    """Tokens in, text out: holds back halves of characters and what may be the beginning of a stop string.
+
+    Tokens are decoded after those that were shown last, since what one stands for depends on its neighbours: spaces at
+    the beginning, characters of several tokens. (``tokenizers.DecodeStream`` fails on bytes that are no UTF-8.)
+    """
+
+    BEFORE = 8
+    """Tokens of the prompt that are decoded with the first new ones."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer, self._stop = tokenizer, [s for s in stop if s]
-        self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=False)
+        self._ids = list(prompt[-self.BEFORE :])
+        self._shown = len(self._ids)
         self._held = ""
         self.ended = False
 
     def push(self, token: int) -> str:
         """The text that ``token`` makes certain; sets ``ended`` when a stop string is complete."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        self._ids.append(token)
+        parts = (self._ids[: self._shown], self._ids)
+        before, now = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in parts)
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            self._held += now[len(before) :]
+            self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
         found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
         if found:
             self.ended = True

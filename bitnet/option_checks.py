@@ -10,13 +10,15 @@ def check_folder(option: str, file: str | None) -> None:
     """Find out before the work, not after it, that a file cannot be written."""
     if file is not None and not Path(file).parent.is_dir():
         raise UserError(f"{option} {file}: the folder {Path(file).parent} does not exist.")
+    if file is not None and Path(file).is_dir():
+        raise UserError(f"{option} {file}: is a folder; name a file.")
 
 
 def new_path(option: str, name: str) -> Path:
     """A path to make something at: its folder exists, and nothing is there yet."""
-    check_folder(option, name)
     if Path(name).exists():
         raise UserError(f"{option} {name}: exists already.")
+    check_folder(option, name)
     return Path(name)
 
 

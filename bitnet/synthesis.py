@@ -46,8 +46,9 @@ def synthesize(
     """
     if not 2 <= length <= model.config.max_seq_len:
         raise UserError(f"length = {length}: must be between 2 and the model's context of {model.config.max_seq_len}.")
-    if sequences < 1:
-        raise UserError(f"sequences = {sequences}: must be at least 1.")
+    for name, value in (("sequences", sequences), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} = {value}: must be at least 1.")
     starts = [token for token in range(model.config.vocab_size) if token != stop_id]
     greedy = Sampling(temperature=0.0)
     for first in range(0, sequences, batch_size):

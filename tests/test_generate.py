@@ -155,6 +155,26 @@ def test_stop_strings_and_split_characters() -> None:
     assert stream("a\n\nb", ["\n\n"]) == ["a", "", "", ""]
 
 
+def test_bytes_that_are_no_text_are_streamed_as_they_are_decoded() -> None:
+    """With tokens for single bytes beside those of words, as Llama 2 has them; a prompt may end inside a character."""
+    words = [f"\u2581{word}" for word in ("the", "cat", "y")]
+    vocab = {token: i for i, token in enumerate(["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", *words])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    byte = lambda value: vocab[f"<0x{value:02X}>"]  # noqa: E731
+    the, a = vocab[words[0]], vocab["a"]
+    for written, text in (
+        ([byte(10), byte(0x80), a], "\n\ufffda"),  # the line end was shown before anybody knew of the byte behind it
+        ([byte(0xC3), byte(0xA9), a], "\u00e9a"),
+        ([byte(0xC3), the, byte(0xC3), byte(0xA9)], "\ufffd the\u00e9"),
+    ):
+        stream = TextStream(tokenizer, [the])
+        assert "".join(stream.push(token) for token in written) == text
+    stream = TextStream(tokenizer, [the, byte(0xC3)])  # shown as one U+FFFD already
+    assert [stream.push(token) for token in (a, a)] == ["a", "a"]
+
+
 def test_text_in_text_out(model) -> None:
     tokenizer = _Letters()
     model = Transformer(replace(model.config, vocab_size=256)).eval()

@@ -26,6 +26,10 @@ def inspect(args: argparse.Namespace) -> None:
             options = (args.devices, args.strategy, args.gather, args.gpu, args.utilisation, args.int8)
             inspect_scaling(args.target, args.overrides, *options, args.json)
             return
+        given = {"--json": args.json, "--int8": args.int8, "--verify": args.verify}
+        for option in (option for option, value in given.items() if value):
+            needs = "is about a packed model" if option == "--verify" else "goes with --devices"
+            raise UserError(f"{option} {needs}; leave it out for {args.target}.")
         inspect_config(args.target, args.overrides)
         return
     if args.devices is not None:

@@ -30,6 +30,10 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("give either --data.path (a text) or --tasks.")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1.")
+    of_the_other = ("few_shot", "tasks_data") if args.data_path else ("seq_len", "stride")
+    for option in of_the_other:
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is for {'--tasks' if args.data_path else '--data.path'}; leave it out.")
     set_threads(args.threads)
     opened = open_model(args.path)
     console = Console(stderr=True)
@@ -186,8 +190,9 @@ def bench_train(args: argparse.Namespace) -> None:
     parsed = parse_config(["--config", args.config])
     import torch
 
-    if args.steps < 1:
-        raise UserError(f"--steps {args.steps}: must be at least 1.")
+    for option in ("steps", "rows", "seq_len", "layers"):
+        if getattr(args, option) == 0:
+            raise UserError(f"--{option} 0: must be at least 1.")
     run(
         parsed.model,
         parsed.optim,

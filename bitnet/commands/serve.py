@@ -57,6 +57,9 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("give a --prompt, or --chat.")
     if args.stream and len(args.prompt) > 1:
         raise UserError("--stream shows one text as it grows: give one --prompt.")
+    for prompt in args.prompt:
+        if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError("--prompt: has bytes that are not UTF-8.")
     sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING_OPTIONS})
     set_threads(args.threads)
     check_device(args.device)
@@ -98,8 +101,13 @@ def chat(opened: Opened, sampling: Sampling, max_new_tokens: int, stop: list[str
             return
         if not said.strip():
             return
-        for text in talk.answer(said, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
-            print(text, end="", flush=True)
+        try:
+            for text in talk.answer(said, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
+                print(text, end="", flush=True)
+        except UserError as error:  # too much was said; what was said before is kept
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)
         print()
 
 

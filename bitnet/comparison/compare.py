@@ -121,6 +121,10 @@ def compare(
     names = names_of(paths)
     opened = [open_model(path) for path in paths]
     check_comparable(list(zip(names, opened, strict=True)))
+    context = min(model.model.config.max_seq_len for model in opened)
+    if seq_len is not None and seq_len > context:
+        raise UserError(f"seq_len = {seq_len}: the smallest context of these models holds {context} tokens.")
+    seq_len = seq_len or context  # for all: more context makes the next token easier to guess
     first = opened[0]
     documents = read_documents(first.tokenizer, first.eos_id, text, reading, limit)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +137,6 @@ def compare(
             scores.append(_score(name, served, model, documents, seq_len, batch_size, progress))
         progress("timing", 0, 0)
         used = threads or torch.get_num_threads()
-        context = min(model.model.config.max_seq_len for model in opened)
         tokens, prompt = min(tokens, context - 3), min(prompt_tokens, context)
         speeds = measure_speed(stored, threads=used, tokens=tokens, prompt=prompt, rounds=rounds)
         rows = [
@@ -158,7 +161,7 @@ def _score(
     served: Any,
     model: Opened,
     documents: Sequence[Document],
-    seq_len: int | None,
+    seq_len: int,
     batch_size: int,
     progress: Progress,
 ) -> Scores:

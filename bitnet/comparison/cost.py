@@ -44,7 +44,13 @@ def _trained(folder: Path, config: ModelConfig) -> tuple[Cost, str | None] | Non
     summary, file = _json(folder / "summary.json"), folder / "config.yaml"
     if not summary or not file.is_file():
         return None
-    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        return _cost_of_steps(summary, yaml.safe_load(file.read_text(encoding="utf-8")), config)
+    except (LookupError, TypeError, yaml.YAMLError):  # a file that was cut off, or written by hand
+        return None
+
+
+def _cost_of_steps(summary: dict[str, Any], settings: Any, config: ModelConfig) -> tuple[Cost, str | None]:
     data, trainer = settings["data"], settings["trainer"]
     devices = trainer.get("devices") if isinstance(trainer.get("devices"), int) else 1
     rows = data["batch_size"] * (trainer.get("accumulate_grad_batches") or 1) * max(1, devices or 1)

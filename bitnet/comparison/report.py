@@ -47,7 +47,8 @@ def cells(row: Row) -> list[str]:
 def notes(c: Comparison) -> list[str]:
     """How to read the table."""
     return [
-        f"Text: {c.text}, {c.documents:,} documents (or pieces of a few), {c.text_bytes:,} bytes.",
+        f"Text: {c.text}, {c.documents:,} documents (or pieces of a few), {c.text_bytes:,} bytes, read "
+        f"{c.settings['seq_len']:,} tokens at a time.",
         "Quality is that of the stored form: packed models are scored packed, float ones rounded to bfloat16. "
         "Intervals are of the bootstrap over documents; differences draw the same documents for both models, so "
         "their intervals are narrower than those of the models.",

@@ -54,19 +54,26 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def parse_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes; it neither cuts texts off nor fills them up, whatever is said
+    there: transformers saves what it was last asked to do, and asks anew each time. Raises what ``from_str`` does.
+    """
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json file, or the one in a folder; what it would cut off from a text, or fill it up with, is left."""
+    """A tokenizer.json file, or the one in a folder."""
     path = Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such tokenizer file.")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return parse_tokenizer(file.read_text(encoding="utf-8"))
     except Exception as error:
         raise UserError(f"{file}: not a tokenizer.json ({str(error)[:100]}).") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def find_eos(tokenizer: Tokenizer, name: str | None = None) -> int:

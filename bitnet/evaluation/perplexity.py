@@ -74,6 +74,8 @@ def evaluate_text(
         raise UserError(f"stride = {stride}: must be between 1 and seq_len = {seq_len}.")
     if limit is not None and limit < 1:
         raise UserError(f"limit = {limit}: must be at least 1.")
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: must be at least 1.")
     eos_id = find_eos(tokenizer) if eos_id is None else eos_id
     begins = first_id(tokenizer)
     found: list[int] = [] if begins is None else [begins]

@@ -114,6 +114,14 @@ def task_of_lines(file: Path) -> dict[str, Any]:
     return {"task": file.stem, **data, **BY_FIELDS[known], "metadata": {"version": 1}}
 
 
+def check_names(found: list[str | dict[str, Any]]) -> None:
+    """Refuse two tasks of one name: lm-eval would run the last of them only."""
+    names = [task["task"] if isinstance(task, dict) else task for task in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--tasks: {names.count(name)} tasks are called {name}; rename one, or run them by turns.")
+
+
 def find_task(name: str, data: Path | None) -> str | dict[str, Any]:
     """What lm-eval takes for ``name``: a name of its own, or a description."""
     if name.endswith((".yaml", ".yml", ".jsonl")):
@@ -165,6 +173,7 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     tasks = [find_task(name, data) for name in names]
+    check_names(tasks)
     built_in = any(isinstance(task, str) and not task.endswith((".yaml", ".yml")) for task in tasks)
     try:
         with _quiet():

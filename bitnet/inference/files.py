@@ -56,6 +56,15 @@ def _packed_layers(model: PackedTransformer) -> dict[str, PackedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
+def _recipe_of(model: PackedTransformer, layers: dict[str, PackedLinear]) -> dict[str, Any]:
+    """What the layers themselves say: enough for low bits. ``UserError`` for integer grids, whose recipe says more."""
+    if quantized_layers(model):
+        raise UserError("recipe: weights on an integer grid need it; give bitnet.checkpoint.recipe_options(recipe).")
+    for layer in layers.values():
+        return {"name": "BitNet", "weight": layer.format.rstrip("0123456789"), "act_bits": layer.form.act_bits}
+    return {}
+
+
 def save_packed(
     model: PackedTransformer,
     tokenizer: Tokenizer,
@@ -67,6 +76,7 @@ def save_packed(
 ) -> None:
     """Write a packed model to ``path``, whole or not at all; ``extras`` are those of ``bitnet.checkpoint.EXTRAS``.
 
+    ``recipe`` is that of ``bitnet.checkpoint.recipe_options``; without it the layers tell kind and bits.
     ``format`` is ``ternary2``, ``ternary_base3`` (smaller, unpacked on load) or ``binary1``; if not given, the one that
     the layers have. Raises ``UserError`` when they cannot take it, or when the file cannot be written.
     """
@@ -92,7 +102,7 @@ def save_packed(
         **(extras or {}),
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(model.config),
-        "recipe": recipe or {},
+        "recipe": _recipe_of(model, layers) if recipe is None else recipe,
         "head": model.head_dtype,
         "layers": forms,
         "digests": {name: hashlib.sha256(bytes_of(tensor)).hexdigest() for name, tensor in tensors.items()},
@@ -198,10 +208,10 @@ def _fill(to: Tensor, chunks: Iterator[bytearray], base3: PackedLinear | None) -
 
 
 def _tokenizer(packed: PackedFile) -> Tokenizer:
-    from tokenizers import Tokenizer
+    from bitnet.data.tokenizer import parse_tokenizer
 
     try:
-        return Tokenizer.from_str(packed.tokenizer_json)
+        return parse_tokenizer(packed.tokenizer_json)
     except Exception as error:  # the library raises plain Exception
         raise damaged(packed.path, "its tokenizer cannot be read") from error
 

@@ -54,9 +54,12 @@ def _facts_of_run(source: Path) -> dict[str, Any]:
     file, settings = source / "summary.json", source / "config.yaml"
     if not file.is_file() or not settings.is_file():
         return {}
-    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    config = yaml.safe_load(settings.read_text(encoding="utf-8"))
-    return facts | {"seed": config["seed_everything"], "parent": config["model"]["init_from"]}
+    try:
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        return facts | {"seed": config["seed_everything"], "parent": config["model"]["init_from"]}
+    except (LookupError, TypeError, ValueError, yaml.YAMLError):  # a file that was cut off: the card says less
+        return {}
 
 
 def _training(facts: dict[str, Any]) -> list[str]:

@@ -133,13 +133,19 @@ def compare(ours: Tensor, theirs: Tensor, logits: bool) -> Comparison:
     )
 
 
+SHORTEST = 8
+"""Tokens of a text that is compared."""
+
+
 def own_texts(opened: Opened, tokens: int) -> list[list[int]]:
-    """Ids of texts that the model writes, ``tokens`` in all: more than one where its context is short."""
+    """Ids of texts that the model writes, ``tokens`` in all: several of about one length where its context is short.
+    None of a few tokens only, whose head other kernels compute, in another order (``PackedLinear``)."""
     start = [opened.eos_id]
     room = max(1, opened.model.config.max_seq_len - 1)  # other programs want to write one more
+    count = -(-tokens // room)
     texts = []
-    for seed in range(-(-tokens // room)):
-        length = min(room, tokens - seed * room)
+    for seed in range(count):
+        length = min(room, max(tokens // count + (seed < tokens % count), SHORTEST))
         sampling = Sampling(temperature=1.0, top_k=0, seed=seed)
         more = generate_tokens(opened.model, start, length - 1, sampling) if length > 1 else ()
         texts.append(start + list(more))
@@ -288,7 +294,7 @@ def check_gguf_in_ik(opened: Opened, file: Path, kind: str, tokens: int) -> Repo
             bound, "ik_llama.cpp, which has this graph, is not installed (pip install ik-llama-cpp-python)"
         )
     if kind == "i2_s" and min(config.dim, config.ffn_dim) < IK_ROW:
-        return _not_done(bound, f"ik_llama.cpp wants rows of at least {IK_ROW} weights; bitnet.cpp reads this file")
+        return _not_done(bound, f"ik_llama.cpp wants rows of at least {IK_ROW} weights")
 
     def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
         request = {

@@ -309,6 +309,8 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, str | None, str | None]:
     file = folder / "tokenizer_config.json"
     content = _json(file) if file.is_file() else {}
     template = content.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
 

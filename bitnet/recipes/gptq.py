@@ -9,6 +9,7 @@ SpQR (arXiv 2306.03078) keeps the weights whose rounding would cost most, ``(w -
 and stores the scales of the groups in 3 bits.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,8 +33,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     h = hessian.double()
     diagonal = h.diagonal()
     diagonal += damping * diagonal.mean() + 1e-10
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise UserError(f"damping = {damping}: the moments of the inputs cannot be inverted so; raise it.") from error
     return factor.float()
 
 
@@ -55,6 +59,8 @@ def quantize_columns(
     w, (N, K) = w.float().clone(), w.shape
     width = scheme.group_size if scheme.granularity == "group" else K
     step = min(width, STEP)
+    if width < K and width % step:  # a step must not reach into the next group
+        step = math.gcd(width, STEP)
     one_group = Scheme(bits=scheme.bits, granularity="channel", symmetric=scheme.symmetric)
     q = torch.zeros_like(w)
     grids: list[Grid] = []

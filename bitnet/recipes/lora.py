@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bitnet.affine import Scheme
 from bitnet.codebook import Codebook, DoubleQuantized
@@ -131,7 +132,9 @@ class LoftQ(QLoRA):
     def begin(self, layer: Any, w: Tensor) -> None:
         rest, a, b, _ = loftq(w.float(), lambda x: self.round(layer, x), self.rank, self.rounds)
         self.round(layer, rest)
-        layer.lora_a.data, layer.lora_b.data = a.contiguous(), b.contiguous()
+        missing = self.rank - a.shape[0]  # a matrix has no more singular values than rows or columns
+        layer.lora_a.data = F.pad(a, (0, 0, 0, missing)).contiguous()
+        layer.lora_b.data = F.pad(b, (0, missing)).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bitnet.checkpoint import build, check_fits, find_checkpoint, load_state, model_state, read_checkpoint
+from bitnet.data.tokenizer import parse_tokenizer
 from bitnet.errors import UserError
 from bitnet.layers import Arithmetic, low_bit_layers
 from bitnet.loss import IGNORE, token_nats
@@ -86,7 +87,7 @@ def replay(file: str | Path, checkpoint: str | Path | None = None) -> Replay:
     torch.set_float32_matmul_precision(incident["matmul_precision"])
     try:
         loss, first_broken = _step(model, recipe, batches, incident)
-        rows = _rows(model, batches, Tokenizer.from_str(tokenizer_json), incident)
+        rows = _rows(model, batches, parse_tokenizer(tokenizer_json), incident)
     finally:
         torch.set_float32_matmul_precision(precision)
         set_random_state(before)

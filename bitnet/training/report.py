@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from bitnet.estimate import count_parameters
 from bitnet.layers import level_shares, low_bit_layers
 from bitnet.training.progress import say
+from bitnet.training.strategies import data_parallel_size
 
 Curve = list[tuple[int, float]]
 
@@ -111,12 +112,14 @@ class RunReport(Callback):
         data = pl_module.data.summary()
         train_bytes = sum(t["text_bytes"] for t in data["train"])
         train_tokens = sum(t["tokens"] for t in data["train"])
+        rows = pl_module.data.batch_size * trainer.accumulate_grad_batches * data_parallel_size(trainer)
         lines = [
             f"model   {counts.total / 1e6:.2f} M parameters, {counts.linear / 1e6:.2f} M of them {kind}: "
             f"{config.n_layers} layers, dim {config.dim}, ffn {config.ffn_dim}, {config.vocab_size} tokens",
             f"data    {', '.join(data['paths'])}: {train_bytes / 1e6:.2f} MB, {train_tokens:,} tokens; "
             f"{data['val']['text_bytes'] / 1e6:.2f} MB held out; "
             f"sha256 {data['sha256'][0][:12]}, Python {data['python']}",
+            f"step    {rows} rows of {pl_module.data.seq_len} tokens: {rows * pl_module.data.seq_len:,} tokens",
             f"run     {trainer.default_root_dir}",
         ]
         obstacles = config.export_obstacles() if low_bit_layers(pl_module.transformer) else {}

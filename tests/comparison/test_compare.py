@@ -146,6 +146,27 @@ def test_the_whole_report(float_run: Path, stories: Path, tmp_path: Path, capsys
     assert "exists already" in capsys.readouterr().err
 
 
+def test_all_models_read_as_much_at_a_time(
+    float_run: Path, stories: Path, tmp_path: Path, run_fit: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More context makes every next token easier to guess."""
+    run_fit(stories, tmp_path / "short", "--data.seq_len=16", "--trainer.max_steps=1")
+    models = [str(float_run), str(tmp_path / "short")]
+    options = ["--data.path", str(stories), "--rounds", "1", "--tokens", "4", "--limit", "9", "--threads", "1"]
+    assert main(["compare", *models, "--out", str(tmp_path / "out"), *options, "--seq_len", "17"]) == 2
+    assert "seq_len = 17: the smallest context of these models holds 16 tokens" in capsys.readouterr().err
+    assert main(["compare", *models, "--out", str(tmp_path / "out"), *options]) == 0
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert content["settings"]["seq_len"] == 16
+    assert "read 16 tokens at a time" in (tmp_path / "out" / "report.md").read_text()
+    model, tokenizer = load_checkpoint(float_run)
+    documents = read_documents(tokenizer, find_eos(tokenizer), str(stories), Reading(), 9)
+    with torch.inference_mode():
+        alone = score_documents(store(model, tokenizer, {}, tmp_path / "m.safetensors")[1], tokenizer,
+                                find_eos(tokenizer), documents, seq_len=16)  # fmt: skip
+    assert content["rows"][0]["bits_per_byte"] == pytest.approx(alone.bits_per_byte)
+
+
 def test_models_of_two_tokenizers_are_refused() -> None:
     one, two = opened_model(), opened_model()
     check_comparable([("a", one), ("b", two)])

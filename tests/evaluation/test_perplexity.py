@@ -73,6 +73,7 @@ def test_limit_scores_the_first_windows_and_their_bytes(finished_run, tmp_path, 
         ({"stride": 0}, "stride = 0"),
         ({"stride": 33}, "stride = 33"),
         ({"limit": 0}, "limit = 0"),
+        ({"batch_size": -3}, "batch_size = -3"),
         ({"seq_len": 99}, "seq_len = 99"),
     ],
 )

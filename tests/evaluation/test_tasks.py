@@ -216,12 +216,16 @@ def test_bad_tasks_are_named(name, content, words, tmp_path) -> None:
 def test_refusals_of_the_command(forms, data, tmp_path, capsys) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: [")
+    (tmp_path / "who.jsonl").write_text((data / "who.jsonl").read_text())
     for options, words in (
         (["--tasks", "unheard"], "cannot be run"),
         (["--tasks", str(broken)], "cannot be run"),
         (["--tasks", "who", "--tasks_data", "nowhere"], "--tasks_data nowhere: no such folder"),
         (["--tasks", "unheard", "--tasks_data", str(data)], "which has lastword_a, pronouns, who"),
         ([], "give either --data.path (a text) or --tasks"),
+        (["--tasks", "x", "--stride", "2"], "--stride is for --data.path"),
+        (["--data.path", str(broken), "--few_shot", "5"], "--few_shot is for --tasks"),
+        (["--tasks", f"{data / 'who.jsonl'},{tmp_path / 'who.jsonl'}"], "2 tasks are called who; rename one"),
     ):
         assert main(["evaluate", str(forms["packed"]), *options]) == 2
         error = capsys.readouterr().err

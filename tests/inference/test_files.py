@@ -15,6 +15,8 @@ from bitnet.errors import UserError
 from bitnet.inference.files import load_packed, save_packed
 from bitnet.inference.header import read_header, verify
 from bitnet.inference.packing import pack
+from bitnet.model import Transformer
+from bitnet.recipes import RTN
 from tests.inference.conftest import low_bit_model
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,20 @@ def file(tokenizer: Tokenizer, tmp_path: Path) -> Path:
     path = tmp_path / "m.safetensors"
     save_packed(pack(low_bit_model()), tokenizer, path)
     return path
+
+
+@pytest.mark.parametrize("weight", ["ternary", "binary"])
+def test_a_file_knows_its_kind_without_a_recipe(weight, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_packed(pack(low_bit_model(weight=weight)), tokenizer, tmp_path / "m.safetensors")
+    assert read_header(tmp_path / "m.safetensors").recipe == {"name": "BitNet", "weight": weight, "act_bits": 8}
+
+
+def test_integer_grids_want_their_recipe(tokenizer: Tokenizer, tmp_path: Path, tiny_config) -> None:
+    model = Transformer(tiny_config)
+    RTN(bits=4, group_size=16).prepare(model)
+    with pytest.raises(UserError, match="recipe: weights on an integer grid need it"):
+        save_packed(pack(model.eval()), tokenizer, tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])

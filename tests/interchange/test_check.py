@@ -44,6 +44,8 @@ def test_bounds_are_the_documented_ones() -> None:
 def test_texts_are_the_models_own_and_the_same_every_time() -> None:
     opened = opened_model(max_seq_len=16)
     texts = own_texts(opened, 40)
-    assert [len(ids) for ids in texts] == [15, 15, 10]
+    assert [len(ids) for ids in texts] == [14, 13, 13]
+    assert [len(ids) for ids in own_texts(opened, 31)] == [11, 10, 10]  # no rest of one
+    assert [len(ids) for ids in own_texts(opened, 3)] == [8]
     assert all(ids[0] == opened.eos_id for ids in texts)
     assert own_texts(opened, 40) == texts and texts[0] != texts[1]

@@ -303,6 +303,14 @@ def test_refusals_of_the_command(tmp_path, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_the_default_of_several_chat_templates(tmp_path) -> None:
+    folder = written(opened_model(), tmp_path / "hf", "bitlinear")
+    file = folder / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "<<{{ messages[0].content }}>>"}]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
+    assert open_model(folder).chat_template == "<<{{ messages[0].content }}>>"
+
+
 def test_a_run_keeps_template_and_origin(tmp_path) -> None:
     opened = opened_model()
     talkative = Opened(

@@ -273,6 +273,14 @@ def test_loftq(quantizer, bits) -> None:
     assert fresh.scaling == 1.0
 
 
+def test_loftq_of_a_narrow_matrix_has_room_for_the_whole_rank() -> None:
+    """A matrix of 16 rows has 16 singular values; what is saved must fit what is built again."""
+    recipe = LoftQ(rank=24, group_size=64)
+    layer: Any = recipe.layer("w", nn.Linear(64, 16, bias=False))
+    assert layer.lora_a.shape == (24, 64) and layer.lora_b.shape == (16, 24)
+    assert not layer.lora_a[16:].any() and not layer.lora_b[:, 16:].any() and layer.lora_a[:16].any()
+
+
 def test_qlora_starts_at_the_rounded_model() -> None:
     model = random_model()
     plain = copy.deepcopy(model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitnet.affine import Scheme, dequantize_affine, fit, quantize_affine
+from bitnet.errors import UserError
 from bitnet.layers import FakeQuantizedLinear
 from bitnet.recipes import GPTQ, RTN, SpQR
 from bitnet.recipes.calibration import Chain, linears, second_moments
@@ -50,6 +51,31 @@ def test_columns_against_a_plain_float64_version() -> None:
         value = dequantize_affine(expected[:, j : j + 1], scale, zero_point, scheme).double()
         rest[:, j:] -= (rest[:, j : j + 1] - value) / inverse[0, 0] * inverse[0]
     assert float((q == expected).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("group_size", [96, 192, 256])
+def test_groups_that_are_no_multiple_of_a_step(group_size) -> None:
+    """Each group has the grid of its own weights as they are by then, and errors go on over its borders."""
+    k = 2 * group_size
+    w, x = torch.randn(5, k, generator=torch.Generator().manual_seed(5)), correlated(3 * k, k, 6)
+    factor = inverse_factor(2 * x.t() @ x, 0.01)
+    scheme = Scheme(bits=3, granularity="group", group_size=group_size, symmetric=False)
+    channel = Scheme(bits=3, granularity="channel", symmetric=False)
+    q, scale, _, _ = quantize_columns(w, factor, scheme, lambda columns, group: fit(columns, channel))
+    rest, expected = w.double(), torch.zeros(5, k)
+    for j in range(k):
+        if j % group_size == 0:
+            grid = fit(rest[:, j : j + group_size].float(), channel)
+        column = rest[:, j : j + 1].float()
+        expected[:, j : j + 1] = quantize_affine(column, *grid, channel)
+        error = (column - dequantize_affine(expected[:, j : j + 1], *grid, channel)) / factor[j, j]
+        rest[:, j + 1 :] -= (error @ factor[j : j + 1, j + 1 :]).double()
+    assert scale.shape == (5, 2, 1) and (q == expected).float().mean() > 0.99  # ties of float32 sums aside
+
+
+def test_a_damping_that_does_not_help_is_named() -> None:
+    with pytest.raises(UserError, match="damping = 1e-12: the moments of the inputs cannot be inverted so; raise it"):
+        inverse_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 1e-12)
 
 
 def test_moments_of_the_inputs() -> None:

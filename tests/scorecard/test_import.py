@@ -57,7 +57,7 @@ def events_of(code: str, folder: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.check("P2", "import and --help open no socket, start no process and write no file", 7)
+@pytest.mark.check("P2", "import and --help (but for fit) open no socket, start no process and write no file", 7)
 def test_looking_does_nothing(tmp_path, tally) -> None:
     work = tmp_path / "work"
     work.mkdir()
