@@ -27,6 +27,7 @@ from bitnet.errors import UserError
 
 BATCH_BYTES = 4 << 20
 LARGEST_SHARE = 4
+"""A document of more than so many times what is to be held out is not held out whole."""
 TOKENIZER_BYTES = 64 << 20
 """Text from which a tokenizer is trained, at most."""
 

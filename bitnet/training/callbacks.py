@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -259,12 +259,12 @@ class BestCheckpoint(ModelCheckpoint):
             copy_atomically(last, last.with_name(f"{self.filename}.ckpt"))
 
 
-def default_callbacks() -> list[Callback]:
-    """Present in every run; a config adds others, or replaces one by its own of that class.
+def with_defaults(own: list[Callback], *, checkpoints: bool, progress: bool) -> list[Callback]:
+    """The callbacks of a run: ``own`` ones of a config, and those of every run that none of them replaces.
 
-    ``LastCheckpoint`` joins them unless a config sets its pace.
+    Without ``checkpoints`` or ``progress`` the config's are left out, too, as the trainer would refuse them.
     """
-    return [
+    defaults: list[Callback] = [
         RandomState(),
         Watch(),
         Interruption(),
@@ -275,3 +275,8 @@ def default_callbacks() -> list[Callback]:
         RunReport(),
         BestCheckpoint(),
     ]
+    kinds = {type(callback) for callback in own}
+    last = [] if any(isinstance(callback, LastCheckpoint) for callback in own) else [LastCheckpoint()]
+    unwanted = (*((Checkpoint,) if not checkpoints else ()), *((ProgressBar,) if not progress else ()))
+    wanted = [*own, *last, *(callback for callback in defaults if type(callback) not in kinds)]
+    return [callback for callback in wanted if not isinstance(callback, unwanted)]

@@ -8,7 +8,6 @@ import inspect
 import os
 import pkgutil
 import sys
-import traceback
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,9 +21,8 @@ import yaml
 from bitnet.training.without_triton import triton_unseen_without_gpu
 
 with triton_unseen_without_gpu():
-    import lightning
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+    from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bitnet.checkpoint import build, check_fits, find_checkpoint, is_float, read_checkpoint
@@ -42,7 +40,7 @@ from bitnet.training.atomic import (
     remove_partial_files,
     write_text_atomically,
 )
-from bitnet.training.callbacks import LastCheckpoint, RandomState, default_callbacks
+from bitnet.training.callbacks import RandomState, with_defaults
 from bitnet.training.changes import changes, record_of
 from bitnet.training.interruption import Interrupted, ended_by_signals
 from bitnet.training.lit import LitBitNet
@@ -57,11 +55,11 @@ from bitnet.training.run_folder import (
     settle,
     warn,
 )
-from bitnet.training.shipped import find_config
+from bitnet.training.shipped import resolve_configs
 from bitnet.training.tensorboard import RunLogger
+from bitnet.training.trainer_checks import check_trainer, of_lightning
 
 DEFAULT_CONFIG = "tiny"
-LIGHTNING = Path(lightning.__file__).parent
 KEEP_LOW_BITS = "to go on with low bits set model.recipe.quantize_from = 0 and quantizer_warmup = 0"
 
 
@@ -89,17 +87,6 @@ def report_error(error: BaseException) -> int:
         return 2
     print(f"error: {error}", file=sys.stderr)
     return 2
-
-
-def _resolve_configs(args: list[str]) -> list[str]:
-    """Replace the names behind --config by paths."""
-    out = list(args)
-    for i, arg in enumerate(out):
-        if arg in ("--config", "-c") and i + 1 < len(out):
-            out[i + 1] = str(find_config(out[i + 1]))
-        elif arg.startswith("--config="):
-            out[i] = f"--config={find_config(arg.removeprefix('--config='))}"
-    return out
 
 
 class FitCLI(LightningCLI):
@@ -179,24 +166,16 @@ class FitCLI(LightningCLI):
         own = self.config_init.fit.trainer.plugins or []
         kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
         callbacks = self.config_init.fit.trainer.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        own_kinds = {type(callback) for callback in callbacks}
-        defaults = [*self.trainer_defaults["callbacks"], Replacement(self)]
-        if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
-            defaults.insert(0, LastCheckpoint())
-        unwanted = (
-            *((Checkpoint,) if config.trainer.enable_checkpointing is False else ()),
-            *((ProgressBar,) if config.trainer.enable_progress_bar is False else ()),
+        kwargs["callbacks"] = with_defaults(
+            [*(callbacks if isinstance(callbacks, list) else [callbacks]), Replacement(self)],
+            checkpoints=config.trainer.enable_checkpointing is not False,
+            progress=config.trainer.enable_progress_bar is not False,
         )
-        kwargs["callbacks"] = [c for c in callbacks if not isinstance(c, unwanted)]
-        self.trainer_defaults["callbacks"] = [
-            c for c in defaults if type(c) not in own_kinds and not isinstance(c, unwanted)
-        ]
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-        _check_trainer(trainer)
+        check_trainer(trainer)
         # Others look at the random state, so it is restored before their turn; those of a config would come first.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RandomState))
         return trainer
@@ -311,45 +290,6 @@ class Replacement(Callback):
             self.cli._settle(failed=False)
 
 
-def _check_trainer(trainer: Any) -> None:
-    """Refuse numbers that Lightning takes and fails on, or means otherwise than this library; and what follows."""
-    for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
-        value = getattr(trainer, name)
-        if value is not None and value < least:
-            raise UserError(f"trainer.{name} = {value}: must be {least} or more.")
-    if getattr(trainer, "val_check_interval", None) == 0:  # Lightning has none where the clock decides
-        raise UserError("trainer.val_check_interval = 0: must be more; trainer.limit_val_batches = 0 never validates.")
-    if trainer.overfit_batches:
-        raise UserError(
-            f"trainer.overfit_batches = {trainer.overfit_batches}: would take other rows in each epoch; give a short "
-            "text as data.path and as data.val_path."
-        )
-    _check_intervals(trainer)
-
-
-def _check_intervals(trainer: Any) -> None:
-    """Refuse a run without an end, which no schedule can follow, and validation inside a window of accumulation: a
-    checkpoint that is saved there would count batches as done whose gradients are lost."""
-    if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
-        raise UserError("trainer.max_steps = -1: the schedule must know where the run ends; give a number of steps.")
-    window = trainer.accumulate_grad_batches
-    every = getattr(trainer, "val_check_interval", "a duration")  # Lightning has none where the clock decides
-    if window == 1 or (isinstance(every, float) and every == 1.0):  # whole epochs end with a step
-        return
-    if not isinstance(every, int):
-        raise UserError(
-            f"trainer.val_check_interval = {every}: with trainer.accumulate_grad_batches = {window} it must be a "
-            f"number of batches, and a multiple of {window}."
-        )
-    never = 0 <= trainer.max_steps * window < every
-    if not never and every % window:
-        below = every - every % window
-        raise UserError(
-            f"trainer.val_check_interval = {every}: counts batches, and must be a multiple of "
-            f"trainer.accumulate_grad_batches = {window}; try {below or window}."
-        )
-
-
 def quiet() -> None:
     """Leave out the notices of libraries that a user of this command can do nothing about."""
     import logging
@@ -375,7 +315,6 @@ def make_cli(args: list[str], run: bool = True, kind: type[FitCLI] = FitCLI) -> 
         save_config_callback=None,
         seed_everything_default=0,
         parser_class=OneLineParser,
-        trainer_defaults={"callbacks": default_callbacks()},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=args,
@@ -411,13 +350,13 @@ class ParsedConfig:
 
 def plain_config(args: list[str]) -> dict[str, Any]:
     """What ``fit`` with ``--config NAME`` and options would leave in config.yaml. Raises ``UserError`` as it would."""
-    cli = make_cli(_resolve_configs(args), run=False, kind=_ParseOnly)
+    cli = make_cli(resolve_configs(args), run=False, kind=_ParseOnly)
     return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
 
 
 def parse_config(args: list[str]) -> ParsedConfig:
     """Read ``--config NAME`` and options as ``fit`` would. Raises ``UserError`` as ``fit`` would."""
-    config = make_cli(_resolve_configs(args), run=False, kind=_ParseOnly).config
+    config = make_cli(resolve_configs(args), run=False, kind=_ParseOnly).config
     recipe = config.model.recipe
     kind = pkgutil.resolve_name(recipe.class_path) if recipe else BitNet  # it may be somebody's own
     return ParsedConfig(
@@ -431,14 +370,6 @@ def parse_config(args: list[str]) -> ParsedConfig:
     )
 
 
-def _of_lightning(error: Exception) -> UserError | None:
-    """What Lightning's own code refuses once a run begins: options that cannot be met. None for other errors."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not Path(frames[-1].filename).is_relative_to(LIGHTNING):
-        return None
-    return UserError(f"trainer: {' '.join(str(error).split())}")
-
-
 def main(args: list[str] | None = None) -> int:
     """Run ``fit``; return the exit code."""
     args = list(sys.argv[1:] if args is None else args)
@@ -449,13 +380,13 @@ def main(args: list[str] | None = None) -> int:
         args = ["fit", *args]
     try:
         with ended_by_signals():
-            make_cli(_resolve_configs(args))
+            make_cli(resolve_configs(args))
     except Interrupted as end:
         if is_first_process():
             print(end, file=sys.stderr)
         return end.exit_code
     except Exception as error:
-        known = error if isinstance(error, UserError) else of_the_machine(error) or _of_lightning(error)
+        known = error if isinstance(error, UserError) else of_the_machine(error) or of_lightning(error)
         if debug or known is None:
             raise
         return report_error(known)

@@ -36,3 +36,14 @@ def find_config(name: str) -> Path:
     raise UserError(
         f"--config {name}: no such file, and no shipped config.{did_you_mean(short, shipped)} Shipped: {known}."
     )
+
+
+def resolve_configs(args: list[str]) -> list[str]:
+    """Replace the names behind --config by paths."""
+    out = list(args)
+    for i, arg in enumerate(out):
+        if arg in ("--config", "-c") and i + 1 < len(out):
+            out[i + 1] = str(find_config(out[i + 1]))
+        elif arg.startswith("--config="):
+            out[i] = f"--config={find_config(arg.removeprefix('--config='))}"
+    return out
