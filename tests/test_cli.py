@@ -65,6 +65,32 @@ def test_train_py_needs_no_subcommand(capsys, tmp_path) -> None:
     assert "Did you mean 'config'?" in error_of(capsys, train(["--confg", "tiny"]))
 
 
+@pytest.mark.parametrize(
+    ("given", "configs"),
+    [
+        ([], ["tiny"]),
+        (["--trainer.max_steps=3"], ["tiny"]),
+        (["fit", "--trainer.max_steps=3", "--debug"], ["tiny"]),
+        (["--config=overlays/smoke"], ["smoke"]),
+        (
+            ["fit", "--trainer.max_steps=3", "--config", "overlays/smoke", "--config", "overlays/muon"],
+            ["smoke", "muon"],
+        ),
+        (["--help"], []),
+    ],
+)
+def test_options_without_a_config_change_tiny(monkeypatch, given, configs) -> None:
+    """And come behind it, or it would undo them; a config that is named stands alone."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr("bitnet.training.cli.make_cli", seen.append)
+    assert fit(given) == 0
+    (arguments,) = seen
+    named = [Path(word).stem for word in arguments if word.endswith(".yaml")]
+    assert arguments[0] == "fit" and named == configs
+    if "--trainer.max_steps=3" in given and configs == ["tiny"]:
+        assert arguments.index("--trainer.max_steps=3") == 3
+
+
 def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys) -> None:
     """They take seconds. An import that is interrupted raises from its finder as well as from anywhere else."""
 

@@ -375,9 +375,10 @@ def main(args: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
-    args = args or ["--config", DEFAULT_CONFIG]
-    if args[0].startswith("-"):  # there is one subcommand; nobody need name it
+    if not args or args[0].startswith("-"):  # there is one subcommand; nobody need name it
         args = ["fit", *args]
+    if not {arg.split("=")[0] for arg in args} & {"--config", "-c", "--help", "-h", "--print_config"}:
+        args = [args[0], "--config", DEFAULT_CONFIG, *args[1:]]  # first, or it would undo the other options
     try:
         with ended_by_signals():
             make_cli(resolve_configs(args))
