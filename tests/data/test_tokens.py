@@ -140,7 +140,7 @@ def test_a_given_tokenizer_neither_cuts_nor_fills(stories, tmp_path, run_prepare
     """As transformers saves them: its tokenizers remember what they were last asked to do."""
     plain = run_prepare(stories)
     tokenizer = Tokenizer.from_file(str(plain.folder / "tokenizer.json"))
-    tokenizer.enable_truncation(8) if kind == "truncation" else tokenizer.enable_padding(length=99)
+    tokenizer.enable_truncation(8) if kind == "truncation" else tokenizer.enable_padding(length=999)
     tokenizer.save(str(tmp_path / "given.json"))
     store = run_prepare(stories, tokenizer=str(tmp_path / "given.json"))
     assert np.array_equal(store.ids("train-0"), plain.ids("train-0"))
