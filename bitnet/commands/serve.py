@@ -57,9 +57,8 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("give a --prompt, or --chat.")
     if args.stream and len(args.prompt) > 1:
         raise UserError("--stream shows one text as it grows: give one --prompt.")
-    for prompt in args.prompt:
-        if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise UserError("--prompt: has bytes that are not UTF-8.")
+    if any("\ud800" <= c <= "\udfff" for prompt in args.prompt for c in prompt):  # how Python keeps such bytes
+        raise UserError("--prompt: has bytes that are not UTF-8.")
     sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING_OPTIONS})
     set_threads(args.threads)
     check_device(args.device)

@@ -60,9 +60,10 @@ def _recipe_of(model: PackedTransformer, layers: dict[str, PackedLinear]) -> dic
     """What the layers themselves say: enough for low bits. ``UserError`` for integer grids, whose recipe says more."""
     if quantized_layers(model):
         raise UserError("recipe: weights on an integer grid need it; give bitnet.checkpoint.recipe_options(recipe).")
-    for layer in layers.values():
-        return {"name": "BitNet", "weight": layer.format.rstrip("0123456789"), "act_bits": layer.form.act_bits}
-    return {}
+    if not layers:
+        return {}
+    layer = next(iter(layers.values()))
+    return {"name": "BitNet", "weight": layer.format.rstrip("0123456789"), "act_bits": layer.form.act_bits}
 
 
 def save_packed(
