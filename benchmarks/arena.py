@@ -200,7 +200,7 @@ def compare(args: argparse.Namespace, names: list[str]) -> None:
     text = table(found, args.test)
     print(text)
     if args.out:
-        given = {"validation": VALIDATION, "test": TEST} | ({"train": TRAIN} if args.arena == "s" else {})
+        given = {"validation": VALIDATION, "test": TEST} | ({} if ARENAS[args.arena].prepared else {"train": TRAIN})
         name = f"arena_{args.arena}{'_smoke' * args.smoke}"
         write(args.out / name, {**given, "rows": found, "table": text.splitlines()})
 
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--arena", choices=tuple(ARENAS), default="s")
     parser.add_argument("--rows", help="names with commas between them (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/arena, runs/arena_l)")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/arena_s, and so on)")
     parser.add_argument("--jobs", type=int, default=1, help="runs that train at a time, on one GPU")
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="four steps of a toy: does everything run?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    args.runs = args.runs or Path("runs/arena" if args.arena == "s" else "runs/arena_l")
+    args.runs = args.runs or Path(f"runs/arena_{args.arena}")
     for name in ("novels", "runs", "out", "prepare"):  # runs are made in another working directory
         if given := getattr(args, name):
             setattr(args, name, given.resolve())
@@ -233,7 +233,7 @@ def main() -> None:
         raise UserError("--smoke makes a table: leave out --trials and --ladder.")
     if args.ladder and args.arena != "s":
         raise UserError(f"--arena {args.arena}: the ladder is of arena s.")
-    if args.arena == "s":
+    if not ARENAS[args.arena].prepared:
         torch.set_num_threads(1)
     if args.prepare:
         prepare(args.novels, [path.resolve() for path in args.also], args.prepare)

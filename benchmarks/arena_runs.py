@@ -29,8 +29,12 @@ TEST = ("Stevenson_Catriona_1893", "Gissing_Women_1893")
 
 @dataclass(frozen=True, kw_only=True)
 class Arena:
-    """Rates and the start of an arena; sizes, tokens and the rest stand in ``benchmarks/arena/NAME.yaml``."""
+    """Rates and the start of an arena; sizes, tokens and the rest stand in files of ``benchmarks/arena``."""
 
+    files: tuple[str, ...]
+    """Of ``benchmarks/arena``, the later ones on top."""
+    prepared: bool = False
+    """It reads tokens that ``prepare`` has made, for a GPU; others read the books, one thread a run."""
     muon_rate: float
     adamw_rate: float
     """Of the plain low-bit recipes."""
@@ -69,16 +73,20 @@ class Arena:
 
 ARENAS = {
     # plain: rate and initial deviation are the best of seven (600 steps)
-    "s": Arena(muon_rate=1.6e-2, adamw_rate=8e-3, adamw_float_rate=4e-3, init_std=0.09),
+    "s": Arena(files=("s.yaml",), muon_rate=1.6e-2, adamw_rate=8e-3, adamw_float_rate=4e-3, init_std=0.09),
+    # Muon's is the best of three for both twins, plain's the best of four (docs/recipes/pretraining.md, the larger presets)
+    "m": Arena(files=("s.yaml", "m.yaml"), muon_rate=2.4e-3, adamw_rate=1.2e-3, adamw_float_rate=1.2e-3, init_std=0.04),
     # the rate of ternary_30m; under AdamW the better of two, and that of QuEST's 30M row
-    "l": Arena(muon_rate=2.4e-3, adamw_rate=2.4e-3, adamw_float_rate=1.2e-3, init_std=0.04),
+    "l": Arena(
+        files=("l.yaml",), prepared=True, muon_rate=2.4e-3, adamw_rate=2.4e-3, adamw_float_rate=1.2e-3, init_std=0.04
+    ),
 }
 SMOKE = {
     "model.config.dim": 64, "model.config.n_layers": 2, "model.config.n_heads": 2, "model.config.ffn_dim": 128,
     "data.seq_len": 32, "data.batch_size": 2, "trainer.max_steps": 4, "trainer.val_check_interval": 4,
     "trainer.accelerator": "cpu", "trainer.precision": "32-true", "model.schedule.warmup_steps": 1,
 }  # fmt: skip
-"""Options under which a run of either arena takes seconds, and means nothing."""
+"""Options under which a run of any arena takes seconds, and means nothing."""
 
 
 def books(folder: Path, names: tuple[str, ...]) -> list[str]:
@@ -98,10 +106,10 @@ def check_options(folder: Path, options: list[str]) -> None:
 
 def text_of(novels: Path, arena: str) -> dict[str, str]:
     """What a run reads: twelve books and two, or tokens that were prepared from all of them."""
-    if arena == "s":
+    if not ARENAS[arena].prepared:
         return {"data.path": json.dumps(books(novels, TRAIN)), "data.val_path": json.dumps(books(novels, VALIDATION))}
     if not (novels / "tokens").is_dir():
-        raise UserError(f"{novels}: no tokens in it; arena L takes a folder that --prepare has made.")
+        raise UserError(f"{novels}: no tokens in it; arena {arena.upper()} takes a folder that --prepare has made.")
     return {"data.path": str(novels / "tokens")}
 
 
@@ -122,8 +130,8 @@ def train(options: dict[str, Any], novels: Path, folder: Path, arena: str) -> di
     """The summary of a run; one that is finished is not run again, one that was stopped goes on."""
     summary = folder / "summary.json"
     given = {**text_of(novels, arena), "trainer.default_root_dir": folder, **options}
-    config = str(ROOT / f"benchmarks/arena/{arena}.yaml")
-    arguments = ["--config", config, *(f"--{key}={v}" for key, v in given.items())]
+    files = [f"--config={ROOT / 'benchmarks/arena' / name}" for name in ARENAS[arena].files]
+    arguments = [*files, *(f"--{key}={v}" for key, v in given.items())]
     if (folder / "config.yaml").is_file():
         check_options(folder, arguments)
     if not summary.is_file():
@@ -132,7 +140,7 @@ def train(options: dict[str, Any], novels: Path, folder: Path, arena: str) -> di
             command.append("--ckpt_path=last")
         elif folder.exists():
             command.append("--overwrite")  # stopped before its first checkpoint
-        one_thread = {"OMP_NUM_THREADS": "1"} if arena == "s" else {}
+        one_thread = {} if ARENAS[arena].prepared else {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env={**os.environ, **one_thread}, check=True)
     return dict(json.loads(summary.read_text(encoding="utf-8")))
 
