@@ -77,8 +77,7 @@ def test_models_are_served_as_trained(transform, act_bits, scale_per, tokenizer,
 
 
 def test_exports_refuse_what_no_other_program_computes() -> None:
-    for recipe, said in (({"transform": "hadamard"}, "transform"), ({"scale_per": "row"}, "a scale for each row")):
-        model = low_bit_model(recipe=recipe)
-        for form in (model, pack(model)):
-            with pytest.raises(UserError, match=said):
-                list(matrices(form))
+    model = low_bit_model(recipe={"transform": "hadamard"})
+    for form in (model, pack(model)):
+        with pytest.raises(UserError, match="transform"):
+            list(matrices(form))

@@ -13,12 +13,14 @@ from bitnet.errors import UserError
 from bitnet.inference.packed_linear import PackedLinear, StoredEmbedding, StoredHead
 from bitnet.layers import BitLinear, FakeQuantizedLinear, LoRALinear
 from bitnet.layers.bit_linear import ActBits
+from bitnet.layers.integer_products import dequantize
 from bitnet.model import RMSNorm, Transformer, without_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A matrix (N, K) of a linear layer: float, or integer levels that count ``levels / inv_scale``."""
+    """A matrix (N, K) of a linear layer: float, or integer levels that count ``levels / inv_scale`` (or times
+    ``group_scale``)."""
 
     name: str
     weight: Tensor | None
@@ -26,15 +28,16 @@ class Matrix:
     levels: Tensor | None = None
     """int8, -1, 0 and 1."""
     inv_scale: Tensor | None = None
-    """Float32 (1,)."""
+    """Float32 (1,), or (N,) with a scale for each row."""
+    group_scale: Tensor | None = None
+    """Float32 (N, groups), where each group of inputs has a scale."""
 
     def dense(self) -> Tensor:
         """What the layer multiplies by, float32 (N, K)."""
         if self.levels is None:
             assert self.weight is not None
             return self.weight.float()
-        assert self.inv_scale is not None
-        return self.levels.float() / self.inv_scale
+        return dequantize(self.levels, self.inv_scale, self.group_scale)
 
     def latent(self) -> Tensor:
         """A float weight to train on; where none was kept, levels x c with the c whose absmean is the stored scale."""
@@ -45,25 +48,18 @@ class Matrix:
         return self.levels.float() / (self.inv_scale * share.clamp(min=1e-9))
 
 
-def _check_exportable(name: str, linear: PackedLinear | BitLinear) -> None:
-    if linear.transform != "none":
-        raise UserError(f"{name} has transform = {linear.transform}; no other program computes that.")
-    per = linear.scale_per
-    if per != "matrix":
-        what = "row" if per == "row" else f"group of {per} inputs"
-        raise UserError(f"{name} has a scale for each {what}; export formats take one for the matrix.")
-
-
 def _matrix(name: str, linear: nn.Module) -> Matrix:
     if getattr(linear, "bias", None) is not None:
         raise UserError(f"{name} has a bias; no export format of this model family has room for it.")
+    if isinstance(linear, PackedLinear | BitLinear) and linear.transform != "none":
+        raise UserError(f"{name} has transform = {linear.transform}; no other program computes that.")
     if isinstance(linear, PackedLinear):
-        _check_exportable(name, linear)
-        return Matrix(name=name, weight=None, levels=linear.weight_levels(), inv_scale=linear.inv_scale)
+        scales = {"inv_scale": linear.inv_scale, "group_scale": linear.group_scale}
+        return Matrix(name=name, weight=None, levels=linear.weight_levels(), **scales)
     if isinstance(linear, BitLinear) and linear.weight_kind != "none":
-        _check_exportable(name, linear)
-        q, inv_scale = linear.quantized_weight()
-        return Matrix(name=name, weight=linear.weight.detach(), levels=q, inv_scale=inv_scale.reshape(1))
+        found = linear.levels()
+        scales = {"inv_scale": found.inv_scale.reshape(-1), "group_scale": found.group_scale}
+        return Matrix(name=name, weight=linear.weight.detach(), levels=found.q, **scales)
     if isinstance(linear, FakeQuantizedLinear):
         w = linear.dense().detach()
         return Matrix(name=name, weight=w + linear.adapter().detach() if isinstance(linear, LoRALinear) else w)
@@ -102,10 +98,16 @@ def tables(model: Transformer) -> dict[str, Tensor]:
 def forms(model: Transformer) -> tuple[str, ActBits]:
     """``(weights, activation bits)`` of the blocks: weights are ternary, binary or none (float).
 
-    Raises ``UserError`` where blocks differ: no export format can say so.
+    Raises ``UserError`` where blocks differ, or a matrix has more than one scale: no low-bit export can say so.
     """
     found: set[tuple[str, ActBits]] = set()
-    for _, module in model.named_modules():
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | BitLinear) and module.scale_per != "matrix":
+            what = "row" if module.scale_per == "row" else f"group of {module.scale_per} inputs"
+            raise UserError(
+                f"{name} has a scale for each {what}, and low-bit exports take one for the matrix; "
+                "--form dense and --type f16 hold it."
+            )
         if isinstance(module, PackedLinear):
             found.add(("binary" if module.format == "binary1" else "ternary", module.act_bits))
         elif isinstance(module, BitLinear):

@@ -22,7 +22,13 @@ TEXT = [
 
 
 def opened_model(
-    seed: int = 0, *, weight: str = "ternary", act_bits: int | str = 8, split: str | None = None, **sizes: object
+    seed: int = 0,
+    *,
+    weight: str = "ternary",
+    act_bits: int | str = 8,
+    scale_per: str | int = "matrix",
+    split: str | None = None,
+    **sizes: object,
 ) -> Opened:
     """A model with random weights, its logits far from ties, and a tokenizer of 300 tokens."""
     from bitnet.interchange.gguf_tokenizer import SPLITS
@@ -34,7 +40,7 @@ def opened_model(
     fields = {"dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256, "max_seq_len": 128}
     config = ModelConfig(vocab_size=300, **{"init_std": 0.1, **fields, **sizes})
     model = Transformer(config)
-    recipe = BitNet(weight=weight, act_bits=act_bits)
+    recipe = BitNet(weight=weight, act_bits=act_bits, scale_per=scale_per)
     recipe.prepare(model)
     return Opened(
         model=model.requires_grad_(False).eval(),

@@ -80,12 +80,12 @@ def test_rows_of_heads_are_interleaved_as_llama_cpp_wants() -> None:
 GRAPHS = [
     {"sub_norm": True},
     {"sub_norm": True, "rope_theta": 300_000.0, "n_kv_heads": 4},
-    {"sub_norm": False},
+    {"sub_norm": False, "scale_per": 64},
     {"sub_norm": False, "tie_embeddings": False, "n_kv_heads": 1, "ffn_dim": 512},
 ]
 
 
-@pytest.mark.parametrize("graph", GRAPHS, ids=["bitnet", "bitnet-rope", "llama", "llama-untied"])
+@pytest.mark.parametrize("graph", GRAPHS, ids=["bitnet", "bitnet-rope", "llama-groups", "llama-untied"])
 def test_float_file_has_the_same_graph(graph, tmp_path) -> None:
     opened = opened_model(**graph)
     report = check_gguf(opened, written(opened, tmp_path / "m.gguf", "f32"), bound_of_gguf("f32"), 40)
@@ -159,6 +159,7 @@ def test_llama_cpp_does_not_know_the_relu2_architecture(tmp_path) -> None:
         ({"ffn_dim": 320}, "tq2_0", "ffn_dim = 320 is not a multiple of 256"),
         ({"dim": 96, "ffn_dim": 96}, "q2_0", "dim = 96 is not a multiple of 64"),
         ({"weight": "none", "act_bits": "none"}, "tq1_0", "this model has float ones"),
+        ({"scale_per": "row"}, "tq2_0", "a scale for each row, and low-bit exports take one"),
     ],
 )
 def test_what_cannot_be_held_is_refused(sizes, kind, words) -> None:

@@ -132,6 +132,21 @@ def test_four_bit_activations_can_be_exported_dense(tmp_path) -> None:
     )
 
 
+@pytest.mark.parametrize("scale_per", ["row", 64])
+def test_several_scales_of_a_matrix_can_be_exported_dense(scale_per, tmp_path) -> None:
+    """Latent, packed and transformers' dense model against the layers themselves with their activations in float."""
+    opened = opened_model(act_bits="none", scale_per=scale_per)
+    ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours = opened.model(ids)
+    packed = Opened(model=pack(opened.model), tokenizer=opened.tokenizer)
+    for number, form in enumerate((opened, packed)):
+        theirs = their_logits(written(form, tmp_path / str(number), "dense"), ids)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+        with pytest.raises(UserError, match=r"layers\.0\.attention\.wq has a scale for each .*--form dense and --type f16"):
+            check_form(form.model, "bitlinear", "float32")
+
+
 @pytest.mark.usefixtures("transformers_here")
 def test_bfloat16_is_written_in_one_dtype(trained_model, tmp_path) -> None:
     folder = written(trained_model, tmp_path / "hf", dtype="bfloat16")
