@@ -74,7 +74,7 @@ class Arena:
 ARENAS = {
     # plain: rate and initial deviation are the best of seven (600 steps)
     "s": Arena(files=("s.yaml",), muon_rate=1.6e-2, adamw_rate=8e-3, adamw_float_rate=4e-3, init_std=0.09),
-    # Muon's is the best of three for both twins, plain's the best of four (docs/recipes/pretraining.md, the larger presets)
+    # Muon's is the best of three for both twins, plain's the best of four
     "m": Arena(files=("s.yaml", "m.yaml"), muon_rate=2.4e-3, adamw_rate=1.2e-3, adamw_float_rate=1.2e-3, init_std=0.04),
     # the rate of ternary_30m; under AdamW the better of two, and that of QuEST's 30M row
     "l": Arena(

@@ -2,7 +2,7 @@
 
 import re
 
-from bitnet.errors import did_you_mean
+from bitnet.errors import UserError, did_you_mean
 
 UNKNOWN_KEY = (
     r"does not accept (?:option|nested key) '([\w.]+)'",
@@ -31,3 +31,14 @@ def explain(message: str, known: set[str]) -> str:
         wanted = f"one of {wanted}" if match[1].startswith("Literal") else re.sub(r"<class '([\w.]+)'>", r"\1", wanted)
         return f"{'.'.join(parents) or 'a value'} = {match[2]}: expected {wanted}."
     return text if len(text) < 600 else text[:600] + " ..."
+
+
+def of_jsonargparse(error: Exception) -> UserError | None:
+    """What an object of a config (a callback, say) said when it was made, of all that jsonargparse reports then: that
+    it is no list and not None either. None for other errors."""
+    text = str(error)
+    if not text.startswith("Does not validate against any of the Union subtypes"):
+        return None
+    tried = re.findall(r"^  - (.*)$", text, re.MULTILINE)
+    said = [line for line in tried if not line.startswith(("Expected a", "Not a valid subclass"))]
+    return UserError(said[0] if said else " ".join(text.split()))

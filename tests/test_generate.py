@@ -1,5 +1,6 @@
 """Generation: greedy text equals a plain loop without a cache, sampling obeys its settings, bad prompts are refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -182,6 +183,15 @@ def test_text_in_text_out(model) -> None:
     assert texts == [generate(model, tokenizer, p, max_new_tokens=5, temperature=0.0) for p in ("ab", "c")]
     with pytest.raises(TypeError, match="temprature"):
         generate(model, tokenizer, "a", temprature=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_went_wrong_says_so(model, temperature) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the logits of this model are nan"):
+        list(generate_tokens(broken, [1, 2], 5, Sampling(temperature=temperature)))
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,8 @@ def bench_decode(args: argparse.Namespace) -> None:
             raise UserError(f"{args.model}: pack it first (bitnet pack {args.model} --out NAME.safetensors).")
         parsed = parse_config(["--config", args.model])
         shape = parsed.model, str(getattr(parsed.recipe, "weight", "none"))
+    elif args.head:
+        raise UserError(f"--head {args.head}: {packed} has a head of its own; leave it out.")
     run(
         args.model if packed is None else str(packed),
         shape,
@@ -173,7 +175,7 @@ def bench_decode(args: argparse.Namespace) -> None:
         tokens=args.tokens,
         prompt_tokens=args.prompt_tokens,
         depth=args.depth,
-        head=args.head,
+        head=args.head or "int8",
         device=args.device,
         json_file=args.json,
         plot=args.plot,
@@ -264,7 +266,7 @@ def add(command: AddCommand, commands: Any) -> None:
     p.add_argument("--tokens", type=int, help="tokens to decode (default: 128, or what the context holds)")
     p.add_argument("--prompt_tokens", type=int, help="tokens to prefill (default: 256, likewise)")
     p.add_argument("--depth", type=int, default=0, help="tokens that are in the cache when decoding begins")
-    p.add_argument("--head", choices=HEAD_NAMES, default="int8", help="embedding and head of a config's model")
+    p.add_argument("--head", choices=HEAD_NAMES, help="embedding and head of a config's model (default: int8)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--json", metavar="FILE", help="write the figures")
     p.add_argument("--plot", metavar="FILE", help="draw them (.png or .svg)")

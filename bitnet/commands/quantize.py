@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def _calibration(args: argparse.Namespace, opened: Opened, recipe: PostTraining)
         args.calibration,
         Reading(text_key=args.text_key, separator=args.separator),
         rows=args.calibration_rows,
-        seq_len=min(args.calibration_len or context, context),
+        seq_len=context if args.calibration_len is None else min(args.calibration_len, context),
         batch_size=args.batch_size,
     )
 
@@ -123,7 +124,8 @@ def quantize(args: argparse.Namespace) -> None:
     if "alpha" in recipe.found:
         print(f"  alpha {recipe.found['alpha']}")
     for number, (before, after) in enumerate(recipe.found.get("block_errors", [])):
-        print(f"  block {number}: held-out error {before:.3g} -> {after:.3g}")
+        if not math.isnan(before):  # with a single batch nothing is held out
+            print(f"  block {number}: held-out error {before:.3g} -> {after:.3g}")
     print(f"Next: bitnet evaluate {out} --data.path TEXT, or bitnet pack {out} --out {out.name}.safetensors")
 
 

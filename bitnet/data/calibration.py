@@ -39,9 +39,10 @@ def calibration_batches(
     tokenizer: Tokenizer, eos_id: int, path: str, reading: Reading, *, rows: int, seq_len: int, batch_size: int
 ) -> list[Tensor]:
     """``spaced_batches`` of the text at ``path``. Raises ``UserError`` for text that is missing or too short."""
-    for name, value in (("calibration_rows", rows), ("calibration_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} = {value}: must be at least 1.")
+    sizes = (("calibration_rows", rows, 1), ("calibration_len", seq_len, 2), ("batch_size", batch_size, 1))
+    for name, value, least in sizes:
+        if value < least:
+            raise UserError(f"{name} = {value}: must be at least {least}.")
     ids: list[int] = []
     for document in open_corpus(path, reading):
         ids.extend(i for piece in pieces(document) for i in tokenizer.encode(piece, add_special_tokens=False).ids)

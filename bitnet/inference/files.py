@@ -85,6 +85,8 @@ def save_packed(
     layers = _packed_layers(model)
     tensors = _stored_tensors(model)
     forms = {}
+    if format is not None and not layers:
+        raise UserError(f"format {format}: is for ternary and binary weights, and this model has none; leave it out.")
     for name, layer in layers.items():
         stored = layer.format if format is None else format
         if stored not in FORMATS:

@@ -29,7 +29,7 @@ from bitnet.checkpoint import build, check_fits, find_checkpoint, is_float, read
 from bitnet.config import ModelConfig, OptimConfig
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.errors import SaidByFirstProcess, UserError, of_the_machine
-from bitnet.parse_errors import explain
+from bitnet.parse_errors import explain, of_jsonargparse
 from bitnet.progress import PreparationProgress
 from bitnet.recipes import RECIPES, BitNet, Recipe
 from bitnet.training.atomic import (
@@ -127,58 +127,73 @@ class FitCLI(LightningCLI):
         self._saved_config = self.parser.dump(self.config, skip_none=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        config = self.config.fit
-        # Everything that can be wrong is looked at before a run folder exists.
+        """The trainer of ``fit``. Everything that can be wrong is looked at here, before a run folder exists."""
         self.model.check_recipe()
         self.model.resumes = self.ckpt_path is not None
-        self.model.calibration_progress = PreparationProgress()
-        others = {"--ckpt_path": self.ckpt_path, "model.init_from": self.model.init_from}
-        contents = {f"{option} {path}": read_checkpoint(path) for option, path in others.items() if path}
-        if self.model.recipe.needs_parent:
-            self._adopt(contents[f"model.init_from {self.model.init_from}"]["bitnet"])
-        self.model.check_length(self.datamodule.seq_len)
-        self.datamodule.progress = PreparationProgress()
-        store = self.datamodule.prepare_tokens()
-        model_config = replace(self.model.config, vocab_size=store.vocab_size)
-        for where, content in contents.items():
-            check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), where)
-        if self.model.init_from and not self.model.resumes:
-            self._warn_of_float(contents[f"model.init_from {self.model.init_from}"]["bitnet"])
-        if (steps := config.trainer.max_steps) > 0 and (low := self.model.recipe.blend(steps, steps)) < 1:
-            warn(f"the run ends after {steps} steps, when quantizer_warmup has brought {low:.0%} of the low bits")
-        self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
-        if self.ckpt_path is not None:
-            content = contents[f"--ckpt_path {self.ckpt_path}"]
-            self._check_record(content["bitnet"].get("record"), content.get("global_step", 0))
-            for saved in content.get("optimizer_states", []):
-                check_same_kind(saved, self.model.optim)
+        self._check_others()
         if self.ckpt_path is None and is_first_process():
-            self.run_folder = new_run_folder(self.run_folder, config.overwrite)
-            parent = self.model.init_from
-            if parent and Path(parent).resolve().is_relative_to(self.run_folder.resolve()):
-                raise UserError(
-                    f"--overwrite: model.init_from = {parent} is of the run that would be replaced; choose another "
-                    "trainer.default_root_dir."
-                )
-        kwargs["default_root_dir"] = str(self.run_folder)
-        if config.trainer.logger is True:
-            kwargs["logger"] = RunLogger(self.run_folder, name="", version="")
-        own = self.config_init.fit.trainer.plugins or []
-        kwargs["plugins"] = [AtomicCheckpointIO(), *(own if isinstance(own, list) else [own])]
-        callbacks = self.config_init.fit.trainer.callbacks or []
-        kwargs["callbacks"] = with_defaults(
-            [*(callbacks if isinstance(callbacks, list) else [callbacks]), Replacement(self)],
-            checkpoints=config.trainer.enable_checkpointing is not False,
-            progress=config.trainer.enable_progress_bar is not False,
-        )
+            self._choose_folder()
         try:
-            trainer: Any = super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs | self._parts_of_trainer())
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         check_trainer(trainer)
         # Others look at the random state, so it is restored before their turn; those of a config would come first.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RandomState))
         return trainer
+
+    def _check_others(self) -> None:
+        """Prepare the tokens, and refuse a model, a text and settings that do not go with each other, with the
+        checkpoint that the run goes on from, or with the one that it starts from."""
+        self.model.calibration_progress = self.datamodule.progress = PreparationProgress()
+        others = {"--ckpt_path": self.ckpt_path, "model.init_from": self.model.init_from}
+        old, parent = (read_checkpoint(path) if path else None for path in others.values())
+        if parent and self.model.recipe.needs_parent:
+            self._adopt(parent["bitnet"])
+        self.model.check_length(self.datamodule.seq_len)
+        store = self.datamodule.prepare_tokens()
+        model_config = replace(self.model.config, vocab_size=store.vocab_size)
+        for content, (option, path) in zip((old, parent), others.items(), strict=True):
+            if content:
+                check_fits(content["bitnet"], model_config, store.tokenizer.to_str(), f"{option} {path}")
+        if parent and not old:
+            self._warn_of_float(parent["bitnet"])
+        steps = self.config.fit.trainer.max_steps
+        if steps > 0 and (low := self.model.recipe.blend(steps, steps)) < 1:
+            warn(f"the run ends after {steps} steps, when quantizer_warmup has brought {low:.0%} of the low bits")
+        self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
+        if old:
+            self._check_record(old["bitnet"].get("record"), old.get("global_step", 0))
+            for saved in old.get("optimizer_states", []):
+                check_same_kind(saved, self.model.optim)
+
+    def _choose_folder(self) -> None:
+        """The folder of a new run: numbered, or with ``--overwrite`` the one that is there."""
+        self.run_folder = new_run_folder(self.run_folder, self.config.fit.overwrite)
+        parent = self.model.init_from
+        if parent and Path(parent).resolve().is_relative_to(self.run_folder.resolve()):
+            raise UserError(
+                f"--overwrite: model.init_from = {parent} is of the run that would be replaced; choose another "
+                "trainer.default_root_dir."
+            )
+
+    def _parts_of_trainer(self) -> dict[str, Any]:
+        """What every run has beside what its config asks for."""
+        asked, made = self.config.fit.trainer, self.config_init.fit.trainer
+
+        def listed(value: Any) -> list[Any]:
+            return value if isinstance(value, list) else [value] if value else []
+
+        parts = {
+            "default_root_dir": str(self.run_folder),
+            "plugins": [AtomicCheckpointIO(), *listed(made.plugins)],
+            "callbacks": with_defaults(
+                [*listed(made.callbacks), Replacement(self)],
+                checkpoints=asked.enable_checkpointing is not False,
+                progress=asked.enable_progress_bar is not False,
+            ),
+        }
+        return parts | ({"logger": RunLogger(self.run_folder, name="", version="")} if asked.logger is True else {})
 
     def _check_record(self, old: dict[str, Any] | None, step: int) -> None:
         """Name every setting that is not what it was when the checkpoint of ``step`` was saved."""
@@ -387,7 +402,8 @@ def main(args: list[str] | None = None) -> int:
             print(end, file=sys.stderr)
         return end.exit_code
     except Exception as error:
-        known = error if isinstance(error, UserError) else of_the_machine(error) or of_lightning(error)
+        known = error if isinstance(error, UserError) else None
+        known = known or of_the_machine(error) or of_lightning(error) or of_jsonargparse(error)
         if debug or known is None:
             raise
         return report_error(known)

@@ -56,6 +56,9 @@ def test_quantized_evaluated_packed_and_generated_from(
     text = [] if recipe == "rtn" else ["--calibration", str(stories), "--calibration_rows", "8"]
     assert main(["quantize", str(float_run), "--recipe", recipe, "--out", str(out), *options, *text]) == 0
     assert POST_TRAINING[recipe].__name__ in capsys.readouterr().out
+    assert "format ternary2: is for ternary" in error_of(
+        capsys, "pack", str(out), "--out", str(packed), "--format", "ternary2"
+    )
     assert main(["pack", str(out), "--out", str(packed)]) == 0
     assert "bit codes" in capsys.readouterr().out
     texts = []
@@ -87,6 +90,11 @@ def test_quantized_evaluated_packed_and_generated_from(
         (["--recipe", "rtn", "--calibration", "x.txt"], "leave it out"),
         (["--recipe", "qat"], "bitnet fit --config posttrain/qat"),
         (["--recipe", "awk"], "invalid choice"),
+        (
+            ["--recipe", "gptq", "--calibration", "x.txt", "--calibration_len", "0"],
+            "calibration_len = 0: must be at least 2",
+        ),
+        (["--recipe", "smoothquant", "--calibration", "x.txt", "--calibration_len", "1"], "must be at least 2"),
         (["--recipe", "smoothquant", "--alpha", "7", "--calibration", "x.txt"], "alpha = 7"),
     ],
 )

@@ -111,6 +111,7 @@ def test_bad_input(finished_run: Path, packed: Path, tmp_path: Path, capsys: pyt
         (("bench", "decode", run), "pack it first"),
         (("bench", "decode", file, "--tokens", "5000"), "the context of the model holds 32"),
         (("bench", "decode", "float_125m"), "ternary or binary ones can be packed"),
+        (("bench", "decode", file, "--head", "int8"), "has a head of its own; leave it out"),
         (("bench", "decode", file, "--device", "tpu"), "--device tpu: must be cpu"),
         (("generate", file, "--prompt", "a", "--device", "tpu"), "--device tpu: must be cpu"),
         (("bench", "decode", file, "--json", str(tmp_path / "no" / "x.json")), "does not exist"),

@@ -143,7 +143,9 @@ def test_several_scales_of_a_matrix_can_be_exported_dense(scale_per, tmp_path) -
     for number, form in enumerate((opened, packed)):
         theirs = their_logits(written(form, tmp_path / str(number), "dense"), ids)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
-        with pytest.raises(UserError, match=r"layers\.0\.attention\.wq has a scale for each .*--form dense and --type f16"):
+        with pytest.raises(
+            UserError, match=r"layers\.0\.attention\.wq has a scale for each .*--form dense and --type f16"
+        ):
             check_form(form.model, "bitlinear", "float32")
 
 
