@@ -72,6 +72,8 @@ def test_train_py_needs_no_subcommand(capsys, tmp_path) -> None:
         (["--trainer.max_steps=3"], ["tiny"]),
         (["fit", "--trainer.max_steps=3", "--debug"], ["tiny"]),
         (["--config=overlays/smoke"], ["smoke"]),
+        (["--config=overlays/bf16", "-c", "overlays/muon"], ["tiny", "bf16", "muon"]),
+        (["-c", "ternary_30m", "--config=overlays/bf16"], ["ternary_30m", "bf16"]),
         (
             ["fit", "--trainer.max_steps=3", "--config", "overlays/smoke", "--config", "overlays/muon"],
             ["smoke", "muon"],
@@ -80,7 +82,7 @@ def test_train_py_needs_no_subcommand(capsys, tmp_path) -> None:
     ],
 )
 def test_options_without_a_config_change_tiny(monkeypatch, given, configs) -> None:
-    """And come behind it, or it would undo them; a config that is named stands alone."""
+    """And come behind it, or it would undo them; so do overlays. A config with a model of its own stands alone."""
     seen: list[list[str]] = []
     monkeypatch.setattr("bitnet.training.cli.make_cli", seen.append)
     assert fit(given) == 0

@@ -55,7 +55,7 @@ from bitnet.training.run_folder import (
     settle,
     warn,
 )
-from bitnet.training.shipped import resolve_configs
+from bitnet.training.shipped import resolve_configs, with_base
 from bitnet.training.tensorboard import RunLogger
 from bitnet.training.trainer_checks import check_trainer, of_lightning
 
@@ -392,11 +392,10 @@ def main(args: list[str] | None = None) -> int:
     args = [a for a in args if a != "--debug"]
     if not args or args[0].startswith("-"):  # there is one subcommand; nobody need name it
         args = ["fit", *args]
-    if not {arg.split("=")[0] for arg in args} & {"--config", "-c", "--help", "-h", "--print_config"}:
-        args = [args[0], "--config", DEFAULT_CONFIG, *args[1:]]  # first, or it would undo the other options
+    asks = bool({arg.split("=")[0] for arg in args} & {"--help", "-h", "--print_config"})
     try:
         with ended_by_signals():
-            make_cli(resolve_configs(args))
+            make_cli(resolve_configs(args if asks else with_base(args, DEFAULT_CONFIG)))
     except Interrupted as end:
         if is_first_process():
             print(end, file=sys.stderr)

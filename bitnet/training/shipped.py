@@ -38,12 +38,25 @@ def find_config(name: str) -> Path:
     )
 
 
+def _configs_of(args: list[str]) -> list[tuple[int, str, str]]:
+    """Where a config is named in ``args``: index, what stands before the name there, and the name."""
+    apart = [(i + 1, "", args[i + 1]) for i, arg in enumerate(args[:-1]) if arg in ("--config", "-c")]
+    return apart + [
+        (i, "--config=", arg.removeprefix("--config=")) for i, arg in enumerate(args) if arg.startswith("--config=")
+    ]
+
+
 def resolve_configs(args: list[str]) -> list[str]:
     """Replace the names behind --config by paths."""
     out = list(args)
-    for i, arg in enumerate(out):
-        if arg in ("--config", "-c") and i + 1 < len(out):
-            out[i + 1] = str(find_config(out[i + 1]))
-        elif arg.startswith("--config="):
-            out[i] = f"--config={find_config(arg.removeprefix('--config='))}"
+    for i, before, name in _configs_of(args):
+        out[i] = f"{before}{find_config(name)}"
     return out
+
+
+def with_base(args: list[str], base: str) -> list[str]:
+    """``args`` with ``--config base`` behind the subcommand, if they name no config with a model of its own."""
+    files = [find_config(name) for _, _, name in _configs_of(args)]
+    if any(file.parent.name != "overlays" or file.stem == "smoke" for file in files):
+        return args
+    return [args[0], "--config", str(find_config(base)), *args[1:]]  # first, or it would undo the other options
