@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from bitnet.chat_template import Message, check_template, render
+from bitnet.data.tokenizer import template_tokens
 from bitnet.errors import UserError
 from bitnet.generation import Sampling, TextStream, generate_tokens
 from bitnet.model import Transformer
@@ -20,16 +21,14 @@ class Conversation:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, template: str | None, eos_id: int) -> None:
         self.model, self.tokenizer, self.template, self.eos_id = model, tokenizer, template, eos_id
         self.messages: list[Message] = []
-        check_template(template, self._names())
-
-    def _names(self) -> dict[str, str]:
-        return {"eos_token": self.tokenizer.id_to_token(self.eos_id) or "", "bos_token": ""}
+        self.named = template_tokens(tokenizer, eos_id)
+        check_template(template, self.named)
 
     def _prompt(self, room: int) -> list[int]:
         """Ids of the newest messages that leave ``room`` for an answer."""
         limit = self.model.config.max_seq_len - room
         for start in range(0, len(self.messages), 2):  # drop question and answer together
-            text = render(self.messages[start:], self.template, self._names(), answer_follows=True)
+            text = render(self.messages[start:], self.template, self.named, answer_follows=True)
             ids = self.tokenizer.encode(text).ids
             if len(ids) <= limit:
                 return list(ids)

@@ -43,7 +43,8 @@ def render(
 ) -> str:
     """The text of ``messages`` (``role`` and ``content``); ``special_tokens`` are names such as ``eos_token``.
 
-    With ``answer_follows`` it ends where the assistant's next answer begins. Raises ``UserError`` for a template that
+    With ``answer_follows`` it ends where the assistant's next answer begins. A ``bos_token`` that it begins with is
+    left out: the tokenizer puts it before every text. Raises ``UserError`` for a template that
     fails, reaches for what the sandbox forbids, or is beyond its limits.
     """
     names = {**special_tokens, "messages": list(messages), "add_generation_prompt": answer_follows}
@@ -56,7 +57,7 @@ def render(
     answer = _Renderer.of_this_process().ask(request)
     if "text" not in answer:
         raise UserError(f"the chat template fails: {answer['error']}.")
-    return answer["text"]
+    return answer["text"].removeprefix(special_tokens["bos_token"])
 
 
 def check_template(template: str | None, special_tokens: dict[str, str]) -> None:

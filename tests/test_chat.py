@@ -12,7 +12,7 @@ from bitnet.__main__ import main
 from bitnet.chat import Conversation
 from bitnet.chat_template import PLAIN_TEMPLATE, ChatText, conversation, render
 from bitnet.data.datamodule import TokenDataModule
-from bitnet.data.tokenizer import train_tokenizer
+from bitnet.data.tokenizer import begin_with, find_eos, template_tokens, train_tokenizer
 from bitnet.data.tokens import UNSAID
 from bitnet.errors import UserError
 from bitnet.generation import Sampling
@@ -42,6 +42,29 @@ def test_templates_render_as_in_transformers(template, answer_follows) -> None:
     for messages in (TALK[:1], TALK, [{"role": "system", "content": " Be brief.\n"}, *TALK]):
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
         assert render(messages, template, NAMES, answer_follows=answer_follows) == expected
+
+
+LLAMA_2 = (  # as its authors write it: each question begins anew
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_2], ids=["chatml", "llama-2"])
+def test_ids_of_a_tokenizer_that_begins_texts_are_those_of_transformers(template) -> None:
+    """There every question has its <s>, the first one too, and only one of them."""
+    tokenizer = train_tokenizer(["text"], 300)
+    tokenizer.add_special_tokens(["<s>"])
+    begin_with(tokenizer, "<s>")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>")
+    theirs.chat_template = template
+    for messages in (TALK[:1], TALK[:3]):
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        named = template_tokens(tokenizer, find_eos(tokenizer))
+        ids = tokenizer.encode(render(messages, template, named, answer_follows=True)).ids
+        begins = [] if template == LLAMA_2 else [tokenizer.token_to_id("<s>")]  # where the template names none
+        assert ids == begins + expected
 
 
 def test_answers_are_parts_of_their_own() -> None:

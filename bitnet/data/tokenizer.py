@@ -91,6 +91,16 @@ def first_id(tokenizer: Tokenizer) -> int | None:
     return ids[0] if len(ids) > len(tokenizer.encode("a", add_special_tokens=False).ids) else None
 
 
+def template_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:
+    """What a chat template may name: ``eos_token``, and ``bos_token``, which is empty where no text begins with one."""
+    first = first_id(tokenizer)
+    named = {
+        "eos_token": tokenizer.id_to_token(eos_id),
+        "bos_token": None if first is None else tokenizer.id_to_token(first),
+    }
+    return {name: token or "" for name, token in named.items()}
+
+
 def begin_with(tokenizer: Tokenizer, token: str) -> None:
     """Let the tokenizer put this token, which it knows, before every text."""
     tokenizer.post_processor = processors.TemplateProcessing(
