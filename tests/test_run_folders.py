@@ -83,7 +83,7 @@ def test_a_run_that_began_in_the_meantime_is_not_deleted(stories, tmp_path, monk
         (folder / "config.yaml").write_text("of the other one")
         return root
 
-    monkeypatch.setattr("bitnet.training.cli.new_run_folder", chosen)
+    monkeypatch.setattr("bitnet.training.fit_cli.new_run_folder", chosen)
     assert fit([*tiny_options(stories, folder), "--trainer.max_steps=1"]) == 2
     assert "another run has begun there in the meantime" in capsys.readouterr().err
     assert [file.name for file in folder.iterdir()] == ["config.yaml"]
