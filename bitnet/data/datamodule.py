@@ -13,7 +13,7 @@ from bitnet.data import streaming as stream
 from bitnet.data.corpora import BUILTIN, DocumentList, Reading, open_corpus
 from bitnet.data.loader import EvalLoader, TrainLoader, row_count
 from bitnet.data.prepare import Progress, Splitting, prepare
-from bitnet.data.tokenizer import EOS, find_eos, load_tokenizer, template_tokens
+from bitnet.data.tokenizer import EOS, find_eos, load_tokenizer
 from bitnet.data.tokens import TokenStore, is_token_folder
 from bitnet.errors import UserError
 from bitnet_kernels.cpu.build import cache_root
@@ -106,14 +106,16 @@ class TokenDataModule(L.LightningDataModule):
         self._loader: TrainLoader | stream.StreamLoader | None = None
 
     def _with_special_tokens(self) -> Reading:
-        """``reading`` with the tokens that a chat template may name: not known before the tokenizer is."""
+        """``reading`` with the tokens that a chat template may name: not known before the tokenizer is. ``bos_token``
+        is empty, since nothing is put before a document (``prepare``), nor before a text of the model that is trained.
+        """
         if self.reading.chat_template is None:
             return self.reading
-        named = {"eos_token": self.eos_token or EOS, "bos_token": ""}
-        if self.tokenizer_path:
+        eos = self.eos_token or EOS
+        if self.tokenizer_path and not self.eos_token:
             given = load_tokenizer(self.tokenizer_path)
-            named = template_tokens(given, find_eos(given, self.eos_token))
-        return dataclasses.replace(self.reading, special_tokens=tuple(named.items()))
+            eos = str(given.id_to_token(find_eos(given)))
+        return dataclasses.replace(self.reading, special_tokens=(("eos_token", eos), ("bos_token", "")))
 
     # ---- preparing
 

@@ -93,12 +93,8 @@ def first_id(tokenizer: Tokenizer) -> int | None:
 
 def template_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:
     """What a chat template may name: ``eos_token``, and ``bos_token``, which is empty where no text begins with one."""
-    first = first_id(tokenizer)
-    named = {
-        "eos_token": tokenizer.id_to_token(eos_id),
-        "bos_token": None if first is None else tokenizer.id_to_token(first),
-    }
-    return {name: token or "" for name, token in named.items()}
+    ids = {"eos_token": eos_id, "bos_token": first_id(tokenizer)}
+    return {name: "" if i is None else tokenizer.id_to_token(i) or "" for name, i in ids.items()}
 
 
 def begin_with(tokenizer: Tokenizer, token: str) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from bitnet.checkpoint import damage
 from bitnet.data.tokens import UNSAID
-from bitnet.errors import UserError
 from bitnet.generation import Sampling, generate_tokens
 from bitnet.layers import low_bit_layers
 from bitnet.layers.sharding import share_scales
@@ -209,8 +208,6 @@ class LastCheckpoint(ModelCheckpoint):
     """``checkpoints/last.ckpt`` every ``every_n_train_steps``, at the end of the run, and when somebody ends it."""
 
     def __init__(self, every_n_train_steps: int = 100) -> None:
-        if every_n_train_steps < 0:
-            raise UserError(f"LastCheckpoint: every_n_train_steps = {every_n_train_steps}: must be 0 or more.")
         super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
 
     def on_train_batch_end(  # type: ignore[override]
