@@ -1,6 +1,6 @@
 """Recipes side by side: the same tokens, the same sizes, three seeds, and a float twin that is tuned as hard.
 
-    python benchmarks/arena.py --novels DIR [--rows a,b] [--seeds 3] [--runs DIR] [--test] [--out benchmarks/results]
+    python benchmarks/arena.py [--arena m] --novels DIR [--rows a,b] [--seeds 3] [--runs DIR] [--test] [--out FOLDER]
     python benchmarks/arena.py --novels DIR --ladder [--rows a,b] [--runs DIR] [--out benchmarks/results]
     python benchmarks/arena.py --novels DIR --trials FILE [--runs DIR] [--out benchmarks/results]   # also of arena L
     python benchmarks/arena.py --novels DIR [--also TEXT ...] --prepare FOLDER       # then, on a GPU:
@@ -11,6 +11,8 @@ twelve of them by ``bitnet fit`` on one thread, in ``--runs``; finished ones are
 proven to have the logits it had, and scored as packed on two other books. Choices are made by those; ``--test`` adds
 the column of two more that were named before any run: it is for the end. ``--trials`` runs what a YAML file or
 a result of former trials lists: one seed, half as long, to find what is worth a row.
+
+Arena M is the same text and 30 M weights, half an hour a run on a core with AMX (``--jobs``: one for each core).
 
 Arena L is 30 M weights and all books but those four, and other text, tokenized beforehand by ``--prepare`` (42 MB),
 for a large GPU. ``--smoke`` makes the table with four steps of a toy, on any machine.
@@ -212,7 +214,7 @@ def main() -> None:
     parser.add_argument("--rows", help="names with commas between them (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/arena_s, and so on)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs that train at a time, on one GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that train at a time, on one GPU or a core each")
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
     parser.add_argument("--trials", type=Path, metavar="FILE")

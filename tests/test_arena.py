@@ -1,4 +1,4 @@
-"""``benchmarks/arena.py``: arena L from a corpus to a table, as a toy; what is held out stays out of the tokens."""
+"""``benchmarks/arena.py``: arena L from a corpus to a table, as a toy, held-out books left out; what arena M trains."""
 
 import json
 import lzma
@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from tokenizers import Tokenizer
 
-from benchmarks.arena_runs import text_of
+from benchmarks.arena_runs import ARENAS, text_of
 from bitnet.errors import UserError
+from bitnet.training.changes import flat
+from bitnet.training.cli import plain_config
 from tests.conftest import ROOT, story_text
 
 HELD_OUT = ("Doyle_Hound_1902", "Trollope_Warden_1855", "Stevenson_Catriona_1893", "Gissing_Women_1893")
@@ -74,3 +77,15 @@ def test_arena_l_from_books_to_a_table(novels: Path, tmp_path: Path) -> None:
 def test_arena_l_wants_a_prepared_folder(novels: Path) -> None:
     with pytest.raises(UserError, match=f"{novels}: no tokens in it; arena L takes a folder that --prepare has made"):
         text_of(novels, "l")
+
+
+def test_arena_m_is_arena_s_at_the_shape_of_ternary_30m() -> None:
+    found, text = (
+        flat(plain_config([f"--config={ROOT / 'benchmarks/arena' / name}" for name in ARENAS[arena].files]))
+        for arena in ("m", "s")
+    )
+    preset = flat(yaml.safe_load((ROOT / "configs/ternary_30m.yaml").read_text()))
+    sizes = [f"model.config.{name}" for name in ("dim", "n_layers", "n_heads", "ffn_dim")]
+    assert {key: found[key] for key in sizes} == {key: preset[key] for key in sizes}
+    changed = {key for key in text if found[key] != text[key]}
+    assert changed - set(sizes) == {"trainer.precision", "trainer.max_steps", "trainer.val_check_interval"}
