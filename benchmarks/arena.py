@@ -10,9 +10,10 @@
 twelve of them by ``bitnet fit`` on one thread, in ``--runs``; finished ones are kept. Then every model is packed,
 proven to have the logits it had, and scored as packed on two other books. Choices are made by those; ``--test`` adds
 the column of two more that were named before any run: it is for the end. ``--trials`` runs what a YAML file or
-a result of former trials lists: one seed, half as long, to find what is worth a row.
+a result of former trials lists, with one seed and 600 steps unless it says others, to find what is worth a row.
 
-Arena M is the same text and 30 M weights, half an hour a run on a core with AMX (``--jobs``: one for each core).
+Arena M is the same text and 30 M weights, three quarters of an hour a run on a core with AMX (``--jobs``: one for
+each core).
 
 Arena L is 30 M weights and all books but those four, and other text, tokenized beforehand by ``--prepare`` (42 MB),
 for a large GPU. ``--smoke`` makes the table with four steps of a toy, on any machine.
@@ -213,7 +214,9 @@ def main() -> None:
     parser.add_argument("--arena", choices=tuple(ARENAS), default="s")
     parser.add_argument("--rows", help="names with commas between them (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/arena_s, and so on)")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the runs (default: runs/arena, runs/arena_m, runs/arena_l)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs that train at a time, on one GPU or a core each")
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
@@ -223,7 +226,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="four steps of a toy: does everything run?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    args.runs = args.runs or Path(f"runs/arena_{args.arena}")
+    args.runs = args.runs or Path("runs/arena" if args.arena == "s" else f"runs/arena_{args.arena}")
     for name in ("novels", "runs", "out", "prepare"):  # runs are made in another working directory
         if given := getattr(args, name):
             setattr(args, name, given.resolve())

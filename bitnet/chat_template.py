@@ -43,9 +43,9 @@ def render(
 ) -> str:
     """The text of ``messages`` (``role`` and ``content``); ``special_tokens`` are names such as ``eos_token``.
 
-    With ``answer_follows`` it ends where the assistant's next answer begins. A ``bos_token`` that it begins with is
-    left out: the tokenizer puts it before every text. Raises ``UserError`` for a template that
-    fails, reaches for what the sandbox forbids, or is beyond its limits.
+    With ``answer_follows`` it ends where the assistant's next answer begins. The first word is left out where it is
+    the ``bos_token``, which the tokenizer puts before every text. Raises ``UserError`` for a template that fails,
+    reaches for what the sandbox forbids, or is beyond its limits.
     """
     names = {**special_tokens, "messages": list(messages), "add_generation_prompt": answer_follows}
     request = {
@@ -57,7 +57,8 @@ def render(
     answer = _Renderer.of_this_process().ask(request)
     if "text" not in answer:
         raise UserError(f"the chat template fails: {answer['error']}.")
-    return answer["text"].removeprefix(special_tokens["bos_token"])
+    begin = answer["text"][: len(answer["text"]) - len(answer["text"].lstrip())]
+    return begin + answer["text"].lstrip().removeprefix(special_tokens["bos_token"])
 
 
 def check_template(template: str | None, special_tokens: dict[str, str]) -> None:

@@ -76,8 +76,10 @@ def filtered(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Tensor | None = None) -> int:
     """Draw a token from the logits (V,) of one sequence. Raises ``UserError`` where they are no numbers."""
     logits = filtered(logits, sampling, seen)
-    if logits.max().isnan():
-        raise UserError("the logits of this model are nan: its training went wrong; take an earlier checkpoint.")
+    if not logits.max().isfinite():
+        raise UserError(
+            "the logits of this model are nan or infinite: its training went wrong; take an earlier checkpoint."
+        )
     if sampling.temperature == 0.0:
         return int(logits.argmax())
     return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))

@@ -34,11 +34,14 @@ def explain(message: str, known: set[str]) -> str:
 
 
 def of_jsonargparse(error: Exception) -> UserError | None:
-    """What an object of a config (a callback, say) said when it was made, of all that jsonargparse reports then: that
-    it is no list and not None either. None for other errors."""
+    """What an object of a config (a callback, say) said when it was made, with its class, of all that jsonargparse
+    reports then: that it is no list and not None either. None for other errors."""
     text = str(error)
     if not text.startswith("Does not validate against any of the Union subtypes"):
         return None
-    tried = re.findall(r"^  - (.*)$", text, re.MULTILINE)
-    said = [line for line in tried if not line.startswith(("Expected a", "Not a valid subclass"))]
-    return UserError(said[0] if said else " ".join(text.split()))
+    reasons = re.findall(r"^  - (.*(?:\n {4,}.*)*)", text, re.MULTILINE)
+    said = [" ".join(r.split()) for r in reasons if not r.startswith(("Expected a <class", "Not a valid subclass"))]
+    if not said:
+        return UserError(" ".join(text.split()))
+    made = re.search(r"class_path='([\w.]+)'", text)
+    return UserError(said[0] if made is None or made[1] in said[0] else f"{made[1]}: {said[0]}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from bitnet.__main__ import main
@@ -49,6 +50,18 @@ LLAMA_2 = (  # as its authors write it: each question begins anew
     "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+
+
+def test_only_the_first_bos_token_is_left_to_the_tokenizer() -> None:
+    """Whatever white space is before it; and a token that is put behind texts is none."""
+    named = {"eos_token": "</s>", "bos_token": "<s>"}
+    text = render(TALK[:3], "\n" + LLAMA_2, named, answer_follows=True)
+    assert text == "\n[INST] Who ran? [/INST] The small dog. </s><s>[INST] Where? [/INST]"
+    tokenizer = train_tokenizer(["text"], 300)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A:0 <|endoftext|>:0", special_tokens=[("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))]
+    )
+    assert template_tokens(tokenizer, find_eos(tokenizer)) == {"eos_token": "<|endoftext|>", "bos_token": ""}
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_2], ids=["chatml", "llama-2"])

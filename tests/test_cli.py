@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from bitnet.__main__ import main as bitnet
 from bitnet.__main__ import train
 from bitnet.checkpoint import read_checkpoint
 from bitnet.training.cli import main as fit
+from bitnet.training.cli import parse_config
 
 from .conftest import tiny_options
 from .runs import environment
@@ -74,6 +77,9 @@ def test_train_py_needs_no_subcommand(capsys, tmp_path) -> None:
         (["--config=overlays/smoke"], ["smoke"]),
         (["--config=overlays/bf16", "-c", "overlays/muon"], ["tiny", "bf16", "muon"]),
         (["-c", "ternary_30m", "--config=overlays/bf16"], ["ternary_30m", "bf16"]),
+        (["-c=ternary_30m"], ["ternary_30m"]),
+        (["--config=overlays/own.yaml"], ["own"]),  # a file of the user's
+        (["--config=overlays/muon", "--print_config"], ["tiny", "muon"]),
         (
             ["fit", "--trainer.max_steps=3", "--config", "overlays/smoke", "--config", "overlays/muon"],
             ["smoke", "muon"],
@@ -81,8 +87,11 @@ def test_train_py_needs_no_subcommand(capsys, tmp_path) -> None:
         (["--help"], []),
     ],
 )
-def test_options_without_a_config_change_tiny(monkeypatch, given, configs) -> None:
+def test_options_without_a_config_change_tiny(monkeypatch, tmp_path, given, configs) -> None:
     """And come behind it, or it would undo them; so do overlays. A config with a model of its own stands alone."""
+    (tmp_path / "overlays").mkdir()
+    (tmp_path / "overlays" / "own.yaml").touch()
+    monkeypatch.chdir(tmp_path)
     seen: list[list[str]] = []
     monkeypatch.setattr("bitnet.training.cli.make_cli", seen.append)
     assert fit(given) == 0
@@ -91,6 +100,24 @@ def test_options_without_a_config_change_tiny(monkeypatch, given, configs) -> No
     assert arguments[0] == "fit" and named == configs
     if "--trainer.max_steps=3" in given and configs == ["tiny"]:
         assert arguments.index("--trainer.max_steps=3") == 3
+
+
+def test_other_commands_read_overlays_as_fit_does() -> None:
+    tiny = parse_config(["--config", "tiny"])
+    found = parse_config(["--config", "overlays/muon", "--model.optim.lr=0.5"])
+    assert found.model == tiny.model and found.optim == replace(tiny.optim, lr=0.5)
+
+
+def test_what_a_callback_says_while_it_is_made_is_kept(capsys, monkeypatch, tmp_path) -> None:
+    """jsonargparse puts it on a line of its own, among all that a callback is not."""
+    (tmp_path / "own.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Own(Callback):\n    def __init__(self):\n        raise ImportError('needs another package')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for callbacks in ('{"class_path":"own.Own"}', '[{"class_path":"own.Own"}]'):
+        options = [*tiny_options(tmp_path / "no.txt", tmp_path / "run"), f"--trainer.callbacks={callbacks}"]
+        assert re.search(r"own\.Own.* needs another package", error_of(capsys, fit(options)))
 
 
 def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys) -> None:

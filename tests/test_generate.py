@@ -186,11 +186,12 @@ def test_text_in_text_out(model) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_model_that_went_wrong_says_so(model, temperature) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_model_that_went_wrong_says_so(model, value, temperature) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        broken.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="the logits of this model are nan"):
+        broken.norm.weight.fill_(float(value))
+    with pytest.raises(UserError, match="the logits of this model are nan or infinite"):
         list(generate_tokens(broken, [1, 2], 5, Sampling(temperature=temperature)))
 
 

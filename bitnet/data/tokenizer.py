@@ -87,8 +87,10 @@ def find_eos(tokenizer: Tokenizer, name: str | None = None) -> int:
 
 def first_id(tokenizer: Tokenizer) -> int | None:
     """The id that this tokenizer puts before every text, if it does."""
-    ids = tokenizer.encode("a").ids
-    return ids[0] if len(ids) > len(tokenizer.encode("a", add_special_tokens=False).ids) else None
+    ids, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+    if ids == plain or (plain and ids[: len(plain)] == plain):  # nothing, or something behind it
+        return None
+    return int(ids[0])
 
 
 def template_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:

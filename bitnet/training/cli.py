@@ -31,7 +31,7 @@ from bitnet.training.fit_cli import FitCLI
 from bitnet.training.interruption import Interrupted, ended_by_signals
 from bitnet.training.lit import LitBitNet
 from bitnet.training.run_folder import is_first_process
-from bitnet.training.shipped import resolve_configs, with_base
+from bitnet.training.shipped import base_of, resolve_configs
 from bitnet.training.trainer_checks import of_lightning
 
 DEFAULT_CONFIG = "tiny"
@@ -108,6 +108,10 @@ class _ParseOnly(FitCLI):
         pass
 
 
+def _parsed(args: list[str]) -> FitCLI:
+    return make_cli(resolve_configs([*base_of(args, DEFAULT_CONFIG), *args]), run=False, kind=_ParseOnly)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParsedConfig:
     """A config that has been read and checked, with model config and recipe built."""
@@ -123,13 +127,13 @@ class ParsedConfig:
 
 def plain_config(args: list[str]) -> dict[str, Any]:
     """What ``fit`` with ``--config NAME`` and options would leave in config.yaml. Raises ``UserError`` as it would."""
-    cli = make_cli(resolve_configs(args), run=False, kind=_ParseOnly)
+    cli = _parsed(args)
     return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
 
 
 def parse_config(args: list[str]) -> ParsedConfig:
     """Read ``--config NAME`` and options as ``fit`` would. Raises ``UserError`` as ``fit`` would."""
-    config = make_cli(resolve_configs(args), run=False, kind=_ParseOnly).config
+    config = _parsed(args).config
     recipe = config.model.recipe
     kind = pkgutil.resolve_name(recipe.class_path) if recipe else BitNet  # it may be somebody's own
     return ParsedConfig(
@@ -150,10 +154,10 @@ def main(args: list[str] | None = None) -> int:
     args = [a for a in args if a != "--debug"]
     if not args or args[0].startswith("-"):  # there is one subcommand; nobody need name it
         args = ["fit", *args]
-    asks = bool({arg.split("=")[0] for arg in args} & {"--help", "-h", "--print_config"})
     try:
         with ended_by_signals():
-            make_cli(resolve_configs(args if asks else with_base(args, DEFAULT_CONFIG)))
+            base = [] if {"--help", "-h"} & set(args) else base_of(args, DEFAULT_CONFIG)
+            make_cli(resolve_configs([args[0], *base, *args[1:]]))
     except Interrupted as end:
         if is_first_process():
             print(end, file=sys.stderr)

@@ -40,10 +40,10 @@ def find_config(name: str) -> Path:
 
 def _configs_of(args: list[str]) -> list[tuple[int, str, str]]:
     """Where a config is named in ``args``: index, what stands before the name there, and the name."""
-    apart = [(i + 1, "", args[i + 1]) for i, arg in enumerate(args[:-1]) if arg in ("--config", "-c")]
-    return apart + [
-        (i, "--config=", arg.removeprefix("--config=")) for i, arg in enumerate(args) if arg.startswith("--config=")
-    ]
+    found = [(i + 1, "", args[i + 1]) for i, arg in enumerate(args[:-1]) if arg in ("--config", "-c")]
+    for before in ("--config=", "-c="):
+        found += [(i, before, arg.removeprefix(before)) for i, arg in enumerate(args) if arg.startswith(before)]
+    return found
 
 
 def resolve_configs(args: list[str]) -> list[str]:
@@ -54,9 +54,10 @@ def resolve_configs(args: list[str]) -> list[str]:
     return out
 
 
-def with_base(args: list[str], base: str) -> list[str]:
-    """``args`` with ``--config base`` behind the subcommand, if they name no config with a model of its own."""
-    files = [find_config(name) for _, _, name in _configs_of(args)]
-    if any(file.parent.name != "overlays" or file.stem == "smoke" for file in files):
-        return args
-    return [args[0], "--config", str(find_config(base)), *args[1:]]  # first, or it would undo the other options
+def base_of(args: list[str], base: str) -> list[str]:
+    """``--config base``, if ``args`` name no config, or shipped overlays only: they change another. Goes before all
+    other options, or it would undo them."""
+    shipped = shipped_configs().items()  # overlays/smoke has a model of its own
+    overlays = {path.resolve() for name, path in shipped if name.startswith("overlays/") and name != "overlays/smoke"}
+    named = (find_config(name).resolve() for _, _, name in _configs_of(args))
+    return ["--config", str(find_config(base))] if all(path in overlays for path in named) else []

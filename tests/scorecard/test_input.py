@@ -76,7 +76,7 @@ VALUES = {
     "--trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches = 0: must be 1 or more",
     "--trainer.val_check_interval=0": "trainer.val_check_interval = 0: must be more",
     '--trainer.callbacks={"class_path":"bitnet.training.callbacks.LastCheckpoint","init_args":'
-    '{"every_n_train_steps":-1}}': "Invalid value for every_n_train_steps=-1. Must be >= 0",
+    '{"every_n_train_steps":-1}}': "LastCheckpoint: Invalid value for every_n_train_steps=-1. Must be >= 0",
     "--trainer.overfit_batches=1": "trainer.overfit_batches = 1: would take other rows in each epoch",
     "--seed_everything=-3": "-3 is not in bounds",
     "--config=tinny": "no such file, and no shipped config. Did you mean 'tiny'?",
