@@ -34,13 +34,13 @@ def test_figures_of_a_run_on_a_cpu(finished_run) -> None:
 
 
 def test_the_wait_for_batches_is_part_of_the_time(stories, tmp_path, run_fit, monkeypatch) -> None:
-    """Batches that take 40 ms to read: no step is faster, however little there is to compute."""
+    """Batches that take 200 ms to read: no step is faster, and on a busy machine too they are most of the time."""
     original = TrainLoader._read
-    monkeypatch.setattr(TrainLoader, "_read", lambda self, *a: time.sleep(0.01) or original(self, *a))
+    monkeypatch.setattr(TrainLoader, "_read", lambda self, *a: time.sleep(0.05) or original(self, *a))
     run_fit(stories, tmp_path / "run", "--trainer.val_check_interval=12")
     figures = figures_of(tmp_path / "run")
     assert figures["perf/loader_share"][1] > 0.5
-    assert max(figures["perf/tokens_per_s"]) < 4 * 32 / 0.04
+    assert max(figures["perf/tokens_per_s"]) < 4 * 32 / 0.2
 
 
 def test_waiting_is_counted_once(monkeypatch) -> None:
