@@ -57,8 +57,8 @@ def render(
     answer = _Renderer.of_this_process().ask(request)
     if "text" not in answer:
         raise UserError(f"the chat template fails: {answer['error']}.")
-    begin = answer["text"][: len(answer["text"]) - len(answer["text"].lstrip())]
-    return begin + answer["text"].lstrip().removeprefix(special_tokens["bos_token"])
+    text, words = answer["text"], answer["text"].lstrip()
+    return text[: len(text) - len(words)] + words.removeprefix(special_tokens["bos_token"])
 
 
 def check_template(template: str | None, special_tokens: dict[str, str]) -> None:

@@ -88,9 +88,8 @@ def find_eos(tokenizer: Tokenizer, name: str | None = None) -> int:
 def first_id(tokenizer: Tokenizer) -> int | None:
     """The id that this tokenizer puts before every text, if it does."""
     ids, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
-    if ids == plain or (plain and ids[: len(plain)] == plain):  # nothing, or something behind it
-        return None
-    return int(ids[0])
+    is_first = bool(plain) and ids[: len(plain)] == plain  # whatever is put behind it
+    return None if is_first or not ids else int(ids[0])
 
 
 def template_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:
