@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +123,7 @@ def quantize(args: argparse.Namespace) -> None:
     if "alpha" in recipe.found:
         print(f"  alpha {recipe.found['alpha']}")
     for number, (before, after) in enumerate(recipe.found.get("block_errors", [])):
-        if not math.isnan(before):  # with a single batch nothing is held out
-            print(f"  block {number}: held-out error {before:.3g} -> {after:.3g}")
+        print(f"  block {number}: held-out error {before:.3g} -> {after:.3g}")
     print(f"Next: bitnet evaluate {out} --data.path TEXT, or bitnet pack {out} --out {out.name}.safetensors")
 
 

@@ -69,12 +69,12 @@ class BlockTraining(PostTraining):
             changed = swap_linears(block, lambda name, linear: self.layer(name, linear, self.training_state()))
             names += [f"layers.{number}.{name}" for name in changed]
             cut = len(inputs) - held_out
-            before = block_error(chain, block, inputs[cut:], targets[cut:]) if held_out else math.nan
+            before = block_error(chain, block, inputs[cut:], targets[cut:]) if held_out else None
             self.train_block(chain, block, inputs[:cut], targets[:cut], number)
             for layer in quantized_layers(block).values():
                 layer.freeze()
-            after = block_error(chain, block, inputs[cut:], targets[cut:]) if held_out else math.nan
-            errors.append((before, after))
+            if before is not None:
+                errors.append((before, block_error(chain, block, inputs[cut:], targets[cut:])))
             quantized, exact = chain.run(block, quantized), targets
             progress("training blocks", number + 1, len(chain.blocks))
         self.found["block_errors"] = errors

@@ -79,6 +79,19 @@ def test_quantized_evaluated_packed_and_generated_from(
     assert read_checkpoint(out)["bitnet"]["origin"]["parent_sha256"] == origin["parent_sha256"]
 
 
+@pytest.mark.parametrize("rows,blocks", [(8, 0), (16, 2)])
+def test_errors_of_blocks_are_those_of_batches_held_out(
+    rows: int, blocks: int, float_run: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight rows are one batch, of which nothing is held out: nothing is said, and origin.json stays JSON."""
+    out = tmp_path / "q"
+    command = ["quantize", str(float_run), "--recipe", "efficient_qat", "--block_steps", "1", "--out", str(out)]
+    assert main([*command, "--calibration", str(stories), "--calibration_rows", str(rows)]) == 0
+    assert capsys.readouterr().out.count("held-out error") == blocks
+    origin = json.loads((out / "origin.json").read_text(), parse_constant=pytest.fail)
+    assert len(origin["block_errors"]) == blocks
+
+
 @pytest.mark.parametrize(
     "options,named",
     [
