@@ -82,20 +82,25 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
-def table(rows: dict[str, Any], with_test: bool) -> str:
-    """Markdown; gaps are to ``float`` with the same seed, shares are of the gap of the plain recipe of that kind."""
+def gaps(rows: dict[str, Any]) -> dict[str, list[float]]:
+    """Nats per token that each row is behind ``float`` with the same seed."""
     nats = {name: [run["validation"]["nats_per_token"] for run in runs] for name, runs in rows.items()}
-    gaps = {name: [a - b for a, b in zip(found, nats.get("float", ()), strict=False)] for name, found in nats.items()}
+    return {name: [a - b for a, b in zip(found, nats.get("float", ()), strict=False)] for name, found in nats.items()}
+
+
+def table(rows: dict[str, Any], with_test: bool) -> str:
+    """Markdown; shares are of the gap of the plain recipe of that kind."""
+    behind = gaps(rows)
     head = ["recipe", "nats per token", "bits per byte", "gap to float", "of the plain gap", "tokens/s"]
     head += ["test: bits per byte"] if with_test else []
     lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
     for name, runs in rows.items():
         plain = "plain b1" if "binary" in name or name == "plain b1" else "plain b1.58"
-        known = "float" not in name and gaps[name] and gaps.get(plain)
-        share = f"{sum(gaps[name]) / sum(gaps[plain]):.0%}" if known else "-"
+        known = "float" not in name and behind[name] and behind.get(plain)
+        share = f"{sum(behind[name]) / sum(behind[plain]):.0%}" if known else "-"
         cells = [name, *(spread([r["validation"][k] for r in runs]) for k in ("nats_per_token", "bits_per_byte"))]
         cells += [
-            spread(gaps[name]) if gaps[name] else "-",
+            spread(behind[name]) if behind[name] else "-",
             share,
             f"{statistics.mean(r['tokens_per_s'] for r in runs):,.0f}",
         ]

@@ -24,8 +24,8 @@ HELD_OUT = ("Doyle_Hound_1902", "Trollope_Warden_1855", "Stevenson_Catriona_1893
 READ = ("Kipling_Captains_1896", "Haggard_She_1887", "Nobody_Known_1900")
 
 
-def arena(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/arena.py", *map(str, arguments)]
+def arena(*arguments: str | Path, script: str = "arena.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
@@ -89,3 +89,15 @@ def test_arena_m_is_arena_s_at_the_shape_of_ternary_30m() -> None:
     assert {key: found[key] for key in sizes} == {key: preset[key] for key in sizes}
     changed = {key for key in text if found[key] != text[key]}
     assert changed - set(sizes) == {"trainer.precision", "trainer.max_steps", "trainer.val_check_interval"}
+
+
+def test_the_plot_shows_gaps_between_runs_of_one_seed(tmp_path: Path) -> None:
+    nats = {"float": (4.0, 4.5), "plain b1.58": (4.25, 5.25), "our ternary": (4.125, 4.5)}
+    rows = {name: [{"validation": {"nats_per_token": found}} for found in of_row] for name, of_row in nats.items()}
+    table, out = tmp_path / "arena_s_cpu_2026-01-01.json", tmp_path / "plot.svg"
+    table.write_text(json.dumps({"rows": rows}))
+    done = arena(table, "--out", out, script="arena_plot.py")
+    assert done.returncode == 0, done.stderr
+    words = re.findall(r"<!-- (.*?) -->", out.read_text())  # letters are curves in an SVG; their words stand beside
+    assert {"Arena S (2 seeds)", "plain b1.58", "our ternary", "0.500", "0.062"} <= set(words)
+    assert "float" not in words

@@ -40,7 +40,7 @@ class QLoRA(PostTraining):
     quantizer: Literal["normal", "uniform"] = "normal"
     """Levels at the quantiles of a normal distribution (2 to 4 bits), or equally spaced."""
     double_quantization: bool = True
-    """Store the scales in 8 bits (NormalFloat only)."""
+    """Round the scales to 8 bits, 256 of them with one scale of their own (NormalFloat only)."""
     rank: int = 16
     """Rank of the adapters."""
     alpha: float = 16.0
