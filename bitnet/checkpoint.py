@@ -73,7 +73,8 @@ def write_run(
         "global_step": 0,
     }
     (folder / "checkpoints").mkdir()
-    torch.save(content, folder / "checkpoints" / "last.ckpt")
+    with (folder / "checkpoints" / "last.ckpt").open("wb") as file:  # by its name torch would not say what is wrong
+        torch.save(content, file)
     (folder / "tokenizer.json").write_text(description["tokenizer"], encoding="utf-8")
     (folder / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 

@@ -26,21 +26,33 @@ class SaidByFirstProcess(UserError):
     """The error that the first process of a run prints for all of them; the others only end."""
 
 
+NO_NUMBERS = "the logits of this model are nan or infinite: its training went wrong; take an earlier checkpoint."
+
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 """What the system answers when a file may not grow: no space, a limit on the size of files, a quota."""
 
 
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
 def of_the_machine(error: BaseException) -> UserError | None:
-    """Memory or disk that has run out, as an error that the user can mend; None for any other error."""
+    """Memory or disk that has run out or is not to be written to, as an error that the user can mend; None for any
+    other error."""
+    from concurrent.futures.process import BrokenProcessPool
+
     text = str(error)
+    if isinstance(error, BrokenProcessPool):
+        return UserError("a process of this command was ended; if nobody did that, the memory has run out.")
     if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator: " in text:
         return UserError(
             f"out of memory ({' '.join(text.split())[-120:]}); lower data.batch_size or model.config.*, "
             "or see 'bitnet inspect CONFIG' and docs/training.md for what takes less."
         )
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        where = f"{error.filename}: " if error.filename else ""
-        return UserError(f"{where}the disk is full ({error.strerror}).")
+    said = error.__context__ if isinstance(error, RuntimeError) else error  # torch trips over what the system said
+    if isinstance(said, OSError) and said.errno in DISK_FULL | FORBIDDEN:
+        where = f"{said.filename}: " if said.filename else ""
+        what = "the disk is full" if said.errno in DISK_FULL else "not allowed"
+        return UserError(f"{where}{what} ({said.strerror}).")
     return None
 
 

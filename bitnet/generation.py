@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from bitnet.errors import UserError
+from bitnet.errors import NO_NUMBERS, UserError
 from bitnet.graph import GraphDecoder
 from bitnet.model import KVCache, Transformer
 
@@ -77,9 +77,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen:
     """Draw a token from the logits (V,) of one sequence. Raises ``UserError`` where they are no numbers."""
     logits = filtered(logits, sampling, seen)
     if not logits.max().isfinite():
-        raise UserError(
-            "the logits of this model are nan or infinite: its training went wrong; take an earlier checkpoint."
-        )
+        raise UserError(NO_NUMBERS)
     if sampling.temperature == 0.0:
         return int(logits.argmax())
     return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))

@@ -75,11 +75,22 @@ def _training_memory(parsed: "ParsedConfig", bf16: bool) -> TrainingMemory:
     )
 
 
-def inspect_config(name: str, overrides: list[str]) -> None:
-    """Print what training and serving this config takes; nothing is trained and no text is read."""
+def _parsed(name: str, overrides: list[str]) -> "ParsedConfig":
+    """The config. Raises ``UserError`` for one that takes its sizes from a model, and its cost with them."""
     from bitnet.training.cli import parse_config  # Lightning takes seconds to import
 
     parsed = parse_config(["--config", name, *overrides])
+    if parsed.recipe.needs_parent:
+        kind = type(parsed.recipe).__name__
+        raise UserError(
+            f"{name}: {kind} takes its sizes from model.init_from; inspect that, or the run that comes of it."
+        )
+    return parsed
+
+
+def inspect_config(name: str, overrides: list[str]) -> None:
+    """Print what training and serving this config takes; nothing is trained and no text is read."""
+    parsed = _parsed(name, overrides)
     config, recipe, data = parsed.model, parsed.recipe, parsed.data
     weight: str = getattr(recipe, "weight", "none")
     act_bits: Any = getattr(recipe, "act_bits", "none")
@@ -118,19 +129,18 @@ def inspect_scaling(
     name: str,
     overrides: list[str],
     devices: list[int],
-    strategy: StrategyName,
-    gather: str,
-    gpu: str,
-    utilisation: float,
-    int8: bool,
-    json_file: str | None,
+    *,
+    strategy: StrategyName = "fsdp",
+    gather: str = "both",
+    gpu: str = "h100",
+    utilisation: float = 0.45,
+    int8: bool = False,
+    json_file: str | None = None,
 ) -> None:
     """Print memory, communication and speed of training a config on several devices, on paper."""
-    from bitnet.training.cli import parse_config
-
     if not 0.0 < utilisation <= 1.0:
         raise UserError(f"--utilisation {utilisation}: a share above 0 and up to 1 is needed.")
-    parsed = parse_config(["--config", name, *overrides])
+    parsed = _parsed(name, overrides)
     rows, seq_len = parsed.data["batch_size"], parsed.data["seq_len"]
     weight = str(getattr(parsed.recipe, "weight", "none"))
     how: Any = {"rows": rows, "seq_len": seq_len, "weight": weight, "strategy": strategy, "gpu": GPUS[gpu]}

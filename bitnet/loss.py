@@ -171,7 +171,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the loss: per token, so comparable only between models with the same tokenizer."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:

@@ -1,6 +1,7 @@
 """Checks of command-line options that several commands share, made before any work begins."""
 
 import argparse
+import os
 from pathlib import Path
 
 from bitnet.errors import UserError
@@ -12,6 +13,8 @@ def check_folder(option: str, file: str | None) -> None:
         raise UserError(f"{option} {file}: the folder {Path(file).parent} does not exist.")
     if file is not None and Path(file).is_dir():
         raise UserError(f"{option} {file}: is a folder; name a file.")
+    if file is not None and not os.access(place := Path(file) if Path(file).exists() else Path(file).parent, os.W_OK):
+        raise UserError(f"{option} {file}: {place} cannot be written to.")
 
 
 def new_path(option: str, name: str) -> Path:

@@ -9,36 +9,35 @@ from bitnet.commands.parser import AddCommand, add_text_options
 from bitnet.errors import UserError
 from bitnet.option_checks import check_folder, numbers
 
+SCALING_OPTIONS = ("strategy", "gather", "gpu", "utilisation", "int8")
+
 
 def inspect(args: argparse.Namespace) -> None:
     """Parameters, sizes, memory and FLOPs of a config, or the weights of a run or a packed model."""
     from bitnet.inference.files import packed_file
     from bitnet.inference.header import read_header, verify
-    from bitnet.inspection import inspect_config, inspect_run, print_packed
+    from bitnet.inspection import inspect_config, inspect_run, inspect_scaling, print_packed
 
     target = Path(args.target)
     file = packed_file(target)
+    if args.verify and file is None:
+        raise UserError(f"--verify checks the digests of a packed model; leave it out for {args.target}.")
+    given = [name for name in (*SCALING_OPTIONS, "json") if getattr(args, name) is not None]
+    if given and args.devices is None:
+        raise UserError(f"--{given[0]} goes with --devices; leave it out.")
     if file is None and not target.is_dir() and target.suffix != ".ckpt":
-        if args.devices is not None:
+        if args.devices is None:
+            inspect_config(args.target, args.overrides)
+        else:
             check_folder("--json", args.json)
-            from bitnet.inspection import inspect_scaling
-
-            options = (args.devices, args.strategy, args.gather, args.gpu, args.utilisation, args.int8)
-            inspect_scaling(args.target, args.overrides, *options, args.json)
-            return
-        given = {"--json": args.json, "--int8": args.int8, "--verify": args.verify}
-        for option in (option for option, value in given.items() if value):
-            needs = "is about a packed model" if option == "--verify" else "goes with --devices"
-            raise UserError(f"{option} {needs}; leave it out for {args.target}.")
-        inspect_config(args.target, args.overrides)
+            how = {name: getattr(args, name) for name in given if name in SCALING_OPTIONS}
+            inspect_scaling(args.target, args.overrides, args.devices, json_file=args.json, **how)
         return
     if args.devices is not None:
         raise UserError(f"--devices is about a config that is to be trained; {target} is a run or a packed model.")
     if args.overrides:
         raise UserError(f"{args.overrides[0]}: options change a config, not a run that is finished.")
     if file is None:
-        if args.verify:
-            raise UserError(f"--verify checks the digests of a packed model; {target} is a run.")
         inspect_run(target)
         return
     print_packed(file)
@@ -86,11 +85,13 @@ def add(command: AddCommand) -> None:
     p.add_argument("target", help="config, name of a shipped config, run folder, checkpoint or packed model")
     p.add_argument("--verify", action="store_true", help="read a packed model and check every digest")
     p.add_argument("--devices", type=numbers, metavar="N,N", help="cost of training on so many GPUs, on paper")
-    p.add_argument("--strategy", choices=("ddp", "fsdp", "tp"), default="fsdp", help="with --devices")
-    p.add_argument("--gather", choices=("levels", "latent", "both"), default="both", help="fsdp: what is gathered")
-    p.add_argument("--gpu", choices=("h100", "a100", "rtx4090"), default="h100", help="whose data sheet to use")
-    p.add_argument("--utilisation", type=float, default=0.45, help="share of the matrix units' peak, with --devices")
-    p.add_argument("--int8", action="store_true", help="with --devices: all products of low-bit layers on int8 units")
+    p.add_argument("--strategy", choices=("ddp", "fsdp", "tp"), help="with --devices (default: fsdp)")
+    p.add_argument("--gather", choices=("levels", "latent", "both"), help="fsdp: what is gathered (default: both)")
+    p.add_argument("--gpu", choices=("h100", "a100", "rtx4090"), help="whose data sheet to use (default: h100)")
+    p.add_argument("--utilisation", type=float, help="share of the matrix units' peak, with --devices (default: 0.45)")
+    p.add_argument(
+        "--int8", action="store_true", default=None, help="with --devices: all products of low-bit layers on int8 units"
+    )
     p.add_argument("--json", metavar="FILE", help="write the figures of --devices")
     p.set_defaults(overrides=[])
 

@@ -30,7 +30,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("give either --data.path (a text) or --tasks.")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1.")
-    of_the_other = ("few_shot", "tasks_data") if args.data_path else ("seq_len", "stride")
+    of_the_other = ("few_shot", "tasks_data") if args.data_path else ("seq_len", "stride", "batch_size")
     for option in of_the_other:
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for {'--tasks' if args.data_path else '--data.path'}; leave it out.")
@@ -69,7 +69,7 @@ def _evaluate_text(args: argparse.Namespace, opened: Opened, progress: Callable[
         seq_len=args.seq_len,
         stride=args.stride,
         limit=args.limit,
-        batch_size=args.batch_size,
+        batch_size=8 if args.batch_size is None else args.batch_size,
         eos_id=opened.eos_id,
         progress=progress,
     )
@@ -231,7 +231,7 @@ def add(command: AddCommand, commands: Any) -> None:
     )
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--seq_len", type=int, default=None, help="tokens of context (default: the model's)")
-    p.add_argument("--batch_size", type=int, default=8)
+    p.add_argument("--batch_size", type=int, help="text: windows at a time (default: 8)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     add_text_options(p)
 

@@ -63,8 +63,9 @@ def _calibration(args: argparse.Namespace, opened: Opened, recipe: PostTraining)
     from bitnet.data.corpora import Reading
 
     if not recipe.needs_text:
-        if args.calibration:
-            raise UserError(f"--calibration: {args.recipe} looks at weights only; leave it out.")
+        for option in ("calibration", "calibration_rows", "calibration_len", "batch_size"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option}: {args.recipe} looks at weights only; leave it out.")
         return []
     if not args.calibration:
         raise UserError(f"--recipe {args.recipe} looks at activations: give it text with --calibration.")
@@ -74,9 +75,9 @@ def _calibration(args: argparse.Namespace, opened: Opened, recipe: PostTraining)
         opened.eos_id,
         args.calibration,
         Reading(text_key=args.text_key, separator=args.separator),
-        rows=args.calibration_rows,
+        rows=128 if args.calibration_rows is None else args.calibration_rows,
         seq_len=context if args.calibration_len is None else min(args.calibration_len, context),
-        batch_size=args.batch_size,
+        batch_size=4 if args.batch_size is None else args.batch_size,
     )
 
 
@@ -144,7 +145,7 @@ def synthesize(args: argparse.Namespace) -> None:
         texts = write_text(
             opened.model,
             sequences=args.sequences,
-            length=args.length or opened.model.config.max_seq_len,
+            length=opened.model.config.max_seq_len if args.length is None else args.length,
             seed=args.seed,
             batch_size=args.batch_size,
             stop_id=opened.eos_id,
@@ -164,9 +165,9 @@ def add(command: AddCommand) -> None:
     )
     p.add_argument("--out", required=True, help="run folder to make")
     p.add_argument("--calibration", metavar="TEXT", help="text for recipes that look at activations")
-    p.add_argument("--calibration_rows", type=int, default=128, help="pieces of it that are used")
+    p.add_argument("--calibration_rows", type=int, help="pieces of it that are used (default: 128)")
     p.add_argument("--calibration_len", type=int, help="tokens of a piece (default: the context)")
-    p.add_argument("--batch_size", type=int, default=4, help="pieces at a time")
+    p.add_argument("--batch_size", type=int, help="pieces at a time (default: 4)")
     p.add_argument("--threads", type=int, help="CPU threads")
     add_text_options(p)
 

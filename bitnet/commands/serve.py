@@ -57,8 +57,8 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("give a --prompt, or --chat.")
     if args.stream and len(args.prompt) > 1:
         raise UserError("--stream shows one text as it grows: give one --prompt.")
-    if any("\ud800" <= c <= "\udfff" for prompt in args.prompt for c in prompt):  # how Python keeps such bytes
-        raise UserError("--prompt: has bytes that are not UTF-8.")
+    for prompt in args.prompt:
+        check_utf8("--prompt", prompt)
     sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING_OPTIONS})
     set_threads(args.threads)
     check_device(args.device)
@@ -86,6 +86,13 @@ def generate(args: argparse.Namespace) -> None:
             print(prompt + "".join(parts))
 
 
+def check_utf8(name: str, text: str) -> str:
+    """``text``. Raises ``UserError`` for surrogates, which is how Python keeps bytes that are not UTF-8."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{name}: has bytes that are not UTF-8.")
+    return text
+
+
 def chat(opened: Opened, sampling: Sampling, max_new_tokens: int, stop: list[str]) -> None:
     """Read lines, answer each; ends at an empty line or the end of input."""
     from bitnet.chat import Conversation
@@ -95,9 +102,11 @@ def chat(opened: Opened, sampling: Sampling, max_new_tokens: int, stop: list[str
         print("Say something; an empty line ends.")
     while True:
         try:
-            said = input("> " if sys.stdin.isatty() else "")
+            said = check_utf8("--chat", input("> " if sys.stdin.isatty() else ""))
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError("--chat: what was said has bytes that are not UTF-8.") from error
         if not said.strip():
             return
         try:

@@ -165,15 +165,18 @@ def _score(
     batch_size: int,
     progress: Progress,
 ) -> Scores:
-    return score_documents(
-        served,
-        model.tokenizer,
-        model.eos_id,
-        documents,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        progress=lambda done, total: progress(f"reading with {name}", done, total),
-    )
+    try:
+        return score_documents(
+            served,
+            model.tokenizer,
+            model.eos_id,
+            documents,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            progress=lambda done, total: progress(f"reading with {name}", done, total),
+        )
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _row(

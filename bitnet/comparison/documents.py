@@ -6,6 +6,7 @@ For two models the same documents are drawn for both, so that what makes a docum
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from bitnet.data.corpora import Reading, open_corpus
 from bitnet.data.loader import make_batch
 from bitnet.data.tokenizer import first_id, pieces
-from bitnet.errors import UserError
+from bitnet.errors import NO_NUMBERS, UserError
 from bitnet.loss import IGNORE, token_nats
 from bitnet.model import Transformer
 
@@ -68,7 +69,7 @@ def read_documents(tokenizer: Tokenizer, eos_id: int, path: str, reading: Readin
         if limit is not None and len(texts) >= limit:
             break
     if len(texts) < FEWEST:  # one book: its parts vary as documents do
-        texts = [part for text in texts for part in pieces(text, max(1000, len(text) // 50))]
+        texts = [part for text in texts for part in _parts(text, max(1000, len(text) // 50))]
     found = []
     for text in texts:
         ids = [i for piece in pieces(text) for i in tokenizer.encode(piece, add_special_tokens=False).ids]
@@ -77,6 +78,17 @@ def read_documents(tokenizer: Tokenizer, eos_id: int, path: str, reading: Readin
     if len(found) < 2:
         raise UserError(f"{path}: too little text to compare models on.")
     return found
+
+
+def _parts(text: str, size: int) -> Iterator[str]:
+    """Parts of at least ``size`` characters, but for the last, which end where a line does."""
+    start = 0
+    for end in re.finditer("\n", text):
+        if end.end() - start >= size:
+            yield text[start : end.end()]
+            start = end.end()
+    if start < len(text):
+        yield text[start:]
 
 
 def _rows(documents: Sequence[Document], first: int, seq_len: int) -> Iterator[tuple[int, Tensor]]:
@@ -101,7 +113,8 @@ def score_documents(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Score every document; pieces of about the same length go together, so that little is padding."""
+    """Score every document; pieces of about the same length go together, so that little is padding. Raises
+    ``UserError`` for logits that are no numbers."""
     context = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
     begin = first_id(tokenizer)
     rows = sorted(_rows(documents, eos_id if begin is None else begin, context), key=lambda r: int((r[1] >= 0).sum()))
@@ -117,4 +130,6 @@ def score_documents(
             tokens[number] += t
         if progress:
             progress(min(at + batch_size, len(rows)), len(rows))
+    if not np.isfinite(nats).all():
+        raise UserError(NO_NUMBERS)
     return Scores(nats, tokens, np.asarray([d.text_bytes for d in documents], dtype=np.float64))

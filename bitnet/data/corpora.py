@@ -68,7 +68,10 @@ def list_files(path: str) -> list[Path]:
     if any(c in path for c in "*?["):
         anchor = Path(target.anchor or ".")
         pattern = str(target.relative_to(anchor)) if target.is_absolute() else str(target)
-        files = sorted(p for p in anchor.glob(pattern) if p.is_file())
+        try:
+            files = sorted(p for p in anchor.glob(pattern) if p.is_file())
+        except ValueError as error:  # before Python 3.13
+            raise UserError(f"{path}: no pattern ({error}); write **/ for any folders, as in **/*.txt.") from error
         if not files:
             raise UserError(f"{path}: no file matches this pattern.")
         return files
@@ -201,6 +204,14 @@ def load_hugging_face(name: str, reading: Reading, streaming: bool) -> Any:
     return dataset.select_columns([reading.text_key])
 
 
+def text_of(record: dict[str, Any], key: str, path: str) -> str:
+    """The text of a record of a dataset, empty where it has none."""
+    text = record[key]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{path}: column '{key}' holds no text but {type(text).__name__}; set data.text_key.")
+    return text or ""
+
+
 class Corpus:
     """The documents at one ``path``: re-iterable, in a fixed order, with a fingerprint of their content."""
 
@@ -211,7 +222,8 @@ class Corpus:
 
     def __iter__(self) -> Iterator[str]:
         if self._dataset is not None:
-            yield from (d for record in self._dataset if (d := record[self.reading.text_key]) and d.strip())
+            texts = (text_of(record, self.reading.text_key, self.path) for record in self._dataset)
+            yield from (text for text in texts if text.strip())
         else:
             for file in self.files:
                 yield from read_documents(file, self.reading)

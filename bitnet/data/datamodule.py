@@ -305,7 +305,10 @@ def _template(name: str, streaming: bool) -> str:
     file = Path(name).expanduser()
     if name != "plain" and not file.is_file():
         raise UserError(f"data.chat_template = {name}: neither 'plain' nor a file.")
-    return PLAIN_TEMPLATE if name == "plain" else file.read_text(encoding="utf-8")
+    try:
+        return PLAIN_TEMPLATE if name == "plain" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template = {name}: cannot be read as UTF-8 text.") from error
 
 
 def _check_weights(weights: list[float] | None) -> None:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitnet.data.ahead import Feed
-from bitnet.data.corpora import BUILTIN, HUGGING_FACE, Reading, list_files, load_hugging_face, read_documents
+from bitnet.data.corpora import BUILTIN, HUGGING_FACE, Reading, list_files, load_hugging_face, read_documents, text_of
 from bitnet.data.loader import Ids, make_batch
 from bitnet.errors import UserError
 
@@ -73,7 +73,7 @@ def take_head(
     sample: list[str] = []
     val_size = sample_size = records = 0
     for record in dataset:
-        text = record[text_key] or ""
+        text = text_of(record, text_key, path)
         if val_size < val_bytes:
             records += 1
             if text.strip():
@@ -224,8 +224,8 @@ class StreamLoader:
             documents: list[str] = []
             size = 0
             for record in self.stream:
-                text = record[self.text_key]
-                if text and text.strip():
+                text = text_of(record, self.text_key, "data.path")
+                if text.strip():
                     documents.append(text)
                     size += len(text)
                 if size >= limit:

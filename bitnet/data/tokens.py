@@ -132,7 +132,7 @@ class TokenStore:
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a token folder (meta.json cannot be read).") from error
     if meta.get("format") != FORMAT:
         raise UserError(f"{folder}: token folder of format {meta.get('format')}; this version reads {FORMAT}.")
@@ -140,7 +140,13 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def is_token_folder(path: str) -> bool:
-    return (Path(path).expanduser() / "meta.json").is_file()
+    """Whether there is a meta.json of ours, or one that nobody can read; any other is a file among texts."""
+    file = Path(path).expanduser() / "meta.json"
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return file.is_file()
+    return isinstance(meta, dict) and "format" in meta
 
 
 def validation_rows(ids: np.ndarray[Any, np.dtype[Any]], seq_len: int) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """Score a trained model on held-out text: loss, perplexity, bits per byte."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from bitnet.data.corpora import Reading, open_corpus
 from bitnet.data.loader import make_batch
 from bitnet.data.tokenizer import find_eos, first_id, pieces, token_byte_lengths
-from bitnet.errors import UserError
+from bitnet.errors import NO_NUMBERS, UserError
 from bitnet.loss import IGNORE, Score, score_batch
 from bitnet.model import Transformer
 
@@ -64,7 +65,8 @@ def evaluate_text(
     Windows begin ``stride`` tokens apart (default ``seq_len``: they do not overlap); a smaller stride gives each token
     more context and costs seq_len / stride times as much. With ``limit`` only the first windows are scored.
     Bytes are those of the documents as read, minus those of the very first token, which nothing predicts.
-    Raises ``UserError`` for text that is missing or too short, or a ``seq_len`` beyond the model's.
+    Raises ``UserError`` for text that is missing or too short, a ``seq_len`` beyond the model's, or logits that are no
+    numbers.
     """
     seq_len = model.config.max_seq_len if seq_len is None else seq_len
     if not 1 <= seq_len <= model.config.max_seq_len:
@@ -99,5 +101,7 @@ def evaluate_text(
         total += score_batch(model, {key: value.to(device) for key, value in batch.items()}, lengths)
         if progress:
             progress(number, batches)
+    if not math.isfinite(total.nats):
+        raise UserError(NO_NUMBERS)
     scored = total.text_bytes if limit is not None else text_bytes - first_bytes
     return Evaluation(score=Score(total.nats, total.tokens, scored), documents=documents, text_bytes=text_bytes)

@@ -199,10 +199,11 @@ def run_tasks(
         items = found["n-samples"].get(task, {}).get("effective", 0)
         for key, value in result.items():
             metric, _, filter_ = key.partition(",")
-            if filter_ == "none" and isinstance(value, float) and not metric.endswith("_stderr"):
+            if filter_ and isinstance(value, float) and not metric.endswith("_stderr"):
                 share = metric.startswith("acc") and items > 1
                 stderr = (value * (1 - value) / (items - 1)) ** 0.5 if share else None
-                scores.append(TaskScore(task=task, metric=metric, value=value, stderr=stderr, items=items))
+                name = metric if filter_ == "none" else f"{metric}, {filter_}"
+                scores.append(TaskScore(task=task, metric=name, value=value, stderr=stderr, items=items))
     return scores
 
 

@@ -10,6 +10,7 @@ import yaml
 from bitnet.estimate import count_parameters
 from bitnet.interchange.check import Report
 from bitnet.interchange.opened import Opened
+from bitnet.layers import quantized_layers
 
 HEADER = """---
 library_name: transformers
@@ -46,7 +47,7 @@ FORM_REMARKS = {
     "autobitlinear": "2 bits a weight on disk; transformers unpacks them to floats once, on loading.",
     "online": "latent float weights that transformers makes ternary in every forward; they can be trained on.",
     "compressed-tensors": "the integers, for transformers and vLLM; reading them needs the package compressed-tensors.",
-    "dense": "plain float weights. Activations are not quantized in this form: logits differ slightly from training.",
+    "dense": "plain float weights.",
 }
 
 
@@ -95,13 +96,21 @@ def write_card(folder: Path, opened: Opened, *, name: str, source: Path, form: s
         kind = f"{weight} weights ({'1.58 bits' if weight == 'ternary' else '1 bit'})"
     elif "bits" in recipe:
         kind = f"{recipe['bits']}-bit weights ({recipe['name']})"
-    activations = f" and {act_bits}-bit activations" if low_bit else ""
+    activations = f" and {act_bits}-bit activations" if act_bits != "none" else ""
+    remark = FORM_REMARKS[form]
+    on_grid = quantized_layers(opened.model).values()
+    if form == "dense" and (act_bits != "none" or any(layer.act is not None for layer in on_grid)):
+        remark += " Activations are not quantized in this form: logits differ slightly from training."
     what = (
         f"A language model of {counts.total:,} parameters with {kind}{activations}: {config.n_layers} layers, width "
         f"{config.dim}, vocabulary {config.vocab_size:,}, context {config.max_seq_len:,} tokens. "
-        f"`{form}` form, {dtype}: {FORM_REMARKS[form] if low_bit or form != 'dense' else 'plain float weights.'}"
+        f"`{form}` form, {dtype}: {remark}"
     )
-    tags = ["bitnet", "1.58-bit" if weight == "ternary" else "1-bit"] if low_bit else ["llama"]
+    tags = (
+        ["bitnet", "1.58-bit" if weight == "ternary" else "1-bit"]
+        if low_bit
+        else ["bitnet" if config.sub_norm else "llama"]
+    )
     if form == "compressed-tensors":
         tags.append(form)
     text = HEADER.format(

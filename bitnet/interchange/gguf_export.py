@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.interchange.gguf_blocks import BLOCK, FILE_TYPE, OWN_WRITERS, OwnType, interleave_rows
+from bitnet.interchange.gguf_file import gguf_package
 from bitnet.interchange.gguf_tokenizer import add_tokenizer
 from bitnet.interchange.names import GGUF
 from bitnet.interchange.parts import Matrix, forms, matrices, tables, vectors
@@ -68,8 +69,7 @@ def check_type(model: Transformer, kind: str) -> None:
 
 
 def _add_matrix(writer: Any, matrix: Matrix, kind: str, interleaved_heads: int) -> None:
-    import gguf
-
+    gguf = gguf_package()
     name = f"{GGUF.theirs(matrix.name)}.weight"
 
     def rows(w: Any) -> Any:
@@ -98,8 +98,7 @@ def write_gguf(
     chat_template: str | None = None,
 ) -> None:
     """Write ``file``. ``kind`` has passed ``check_type``; embedding and head are float16 (f32: float32)."""
-    import gguf
-
+    gguf = gguf_package()
     config = model.config
     arch = architecture(config, kind)
     writer = gguf.GGUFWriter(file, arch)

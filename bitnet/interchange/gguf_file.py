@@ -8,6 +8,7 @@ the gguf package trusts its file; types of tensors and their dequantization are 
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,15 @@ MAX_DIMS = 4
 STRING, ARRAY, UINT32 = 8, 9, 4
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type number of a value -> its code in ``struct``."""
+
+
+def gguf_package() -> ModuleType:
+    """The gguf package. Raises ``UserError`` where it is not installed."""
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise UserError("GGUF files need the package gguf (pip install 'bitnet-lightning[gguf]').") from error
+    return gguf
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,7 @@ class GgufFile:
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor, dequantized. Raises ``UserError`` for a type that the gguf package cannot dequantize."""
-        import gguf
-
+        gguf = gguf_package()
         tensor = self.tensors[name]
         stored = self._data[tensor.start : tensor.start + tensor.nbytes]
         rows = stored.reshape(*tensor.shape[:-1], tensor.row_bytes)
@@ -145,8 +154,7 @@ class GgufFile:
 
 
 def _tensor(name: str, type_number: int, shape: tuple[int, ...], start: int) -> GgufTensor:
-    import gguf
-
+    gguf = gguf_package()
     try:
         kind = gguf.GGMLQuantizationType(type_number)
     except ValueError as error:

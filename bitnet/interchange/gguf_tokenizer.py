@@ -40,6 +40,8 @@ SPLITS: dict[str, Any] = {
 }
 WHOLE_WORDS = ("llama-bpe",)
 """Splits after which a piece that is a token is taken whole, without merges."""
+BEGUN = ("llama-bpe",)
+"""Splits whose texts begin with the ``bos_token`` unless the file says that they do not."""
 
 
 def _plain(step: dict[str, Any]) -> Any:
@@ -116,6 +118,6 @@ def read_tokenizer(fields: dict[str, Any], file: object) -> tuple[Tokenizer, str
             [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=True) if k == kind]
         )
     bos, eos = fields.get("bos_token_id"), fields.get("eos_token_id")
-    if fields.get("add_bos_token") and bos is not None:
+    if fields.get("add_bos_token", split in BEGUN) and bos is not None:
         begin_with(tokenizer, tokens[bos])
     return tokenizer, None if eos is None else tokens[eos]

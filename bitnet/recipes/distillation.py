@@ -171,9 +171,10 @@ class Distilled(Taught, BitNet):
             aims = teacher.logits(batch)
         loss = self.soft * soft_label_loss(logits, aims, targets, self.temperature)
         if self.hard:
-            loss = loss + self.hard * F.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+            nats = F.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
             )
+            loss = loss + self.hard * nats / (targets != IGNORE).sum().clamp(min=1)
         if self.relations:
             heads = model.config.n_kv_heads or model.config.n_heads  # type: ignore[union-attr]
             parts = [relation_loss(ours[name], theirs[name], heads) for name in ours]  # type: ignore[arg-type]

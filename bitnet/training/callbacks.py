@@ -216,6 +216,12 @@ class LastCheckpoint(ModelCheckpoint):
         if pl_module.steps_now:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Forget how the file was called: under another name of its folder it would be taken for an older one, and be
+        removed as soon as it is written."""
+        super().load_state_dict(state_dict)
+        self.best_model_path = ""
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
 
@@ -249,7 +255,9 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_model_path = self.kth_best_model_path = str(file)
             self.best_k_models = {str(file): self.kth_value}
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
+        if trainer.state.fn == "fit" and not pl_module.steps_now:  # inside a window of accumulation, from epoch 2 on
+            return
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != "validate":
             return

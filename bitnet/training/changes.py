@@ -28,7 +28,10 @@ DECIDES_THE_MODEL = (
     "model.recipe.class_path",
     *(
         f"model.recipe.init_args.{name}"
-        for name in ("weight", "scale_per", "learned_scale", "rank", "ranges", "group_size")
+        for name in (
+            *("weight", "scale_per", "learned_scale", "rank", "ranges", "group_size"),
+            *("bits", "symmetric", "quantizer", "act_scale"),
+        )
     ),
 )
 """Another value makes another model, for which ``model.init_from`` begins a new run."""

@@ -16,10 +16,11 @@ with triton_unseen_without_gpu():
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from bitnet.checkpoint import build, check_fits, find_checkpoint, is_float, read_checkpoint
+from bitnet.checkpoint import build, check_fits, find_checkpoint, is_float, read_checkpoint, weights_digest
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.progress import PreparationProgress
+from bitnet.recipes.distillation import Taught
 from bitnet.training.atomic import (
     LAST,
     PREVIOUS,
@@ -75,7 +76,8 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         self._replaced: Path | None = None
         config = self.config.fit
-        root = Path(config.trainer.default_root_dir)
+        root = Path(config.trainer.default_root_dir or "runs/run").expanduser()
+        root = root if root.name.strip(".") else root.resolve()  # of "." and ".."
         self.ckpt_path: Path | None = None
         if config.ckpt_path:
             self.run_folder, self.ckpt_path = find_run(root, config.ckpt_path)
@@ -108,7 +110,7 @@ class FitCLI(LightningCLI):
         old, parent = (read_checkpoint(path) if path else None for path in others.values())
         if parent and self.model.recipe.needs_parent:
             self._adopt(parent["bitnet"])
-        self.model.check_length(self.datamodule.seq_len)
+        self.model.check_sizes(self.datamodule)
         store = self.datamodule.prepare_tokens()
         model_config = replace(self.model.config, vocab_size=store.vocab_size)
         for content, (option, path) in zip((old, parent), others.items(), strict=True):
@@ -120,6 +122,8 @@ class FitCLI(LightningCLI):
         if steps > 0 and (low := self.model.recipe.blend(steps, steps)) < 1:
             warn(f"the run ends after {steps} steps, when quantizer_warmup has brought {low:.0%} of the low bits")
         self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
+        if parent and isinstance(self.model.recipe, Taught):
+            self.model.record["settings"]["teacher"] = weights_digest(parent["state_dict"])[:12]
         if old:
             self._check_record(old["bitnet"].get("record"), old.get("global_step", 0))
             for saved in old.get("optimizer_states", []):

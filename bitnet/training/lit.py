@@ -5,6 +5,7 @@ import time
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -19,8 +20,10 @@ from bitnet.layers.levels_together import hold_levels, release_levels
 from bitnet.layers.normed_rows import fuse_norms
 from bitnet.loss import Score, score_batch
 from bitnet.model import Transformer
-from bitnet.recipes import BitNet, Progress, Recipe, no_progress
+from bitnet.recipes import BitNet, Distilled, PostTraining, Progress, Recipe, no_progress
 from bitnet.training.optim import apply_schedule, build_optimizer, check_installed, check_same_kind, check_shardable
+from bitnet.training.precision import LatentFloat32
+from bitnet_kernels.training_reference import MAX_INT8_K
 
 DEFAULT_OPTIM = OptimConfig()
 DEFAULT_SCHEDULE = ScheduleConfig()
@@ -116,14 +119,23 @@ class LitBitNet(L.LightningModule):
         vocab_size = self.data.tokens.vocab_size
         if vocab_size != self.config.vocab_size:
             self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
-        self.check_length(self.data.seq_len)
+        self.check_sizes(self.data)
 
-    def check_length(self, seq_len: int) -> None:
-        """Refuse rows that are longer than the model's context."""
-        if self.config.max_seq_len < seq_len:
+    def check_sizes(self, data: TokenDataModule) -> None:
+        """Refuse rows longer than the model's context, more tokens than integer sums hold, and a layer that is none."""
+        if self.config.max_seq_len < data.seq_len:
             raise UserError(
-                f"data.seq_len = {seq_len} is longer than model.config.max_seq_len = {self.config.max_seq_len}."
+                f"data.seq_len = {data.seq_len} is longer than model.config.max_seq_len = {self.config.max_seq_len}."
             )
+        tokens = data.batch_size * data.seq_len
+        if self.arithmetic.weight_gradient != "float" and tokens > MAX_INT8_K:
+            raise UserError(
+                f"data.batch_size x data.seq_len = {tokens}: model.arithmetic.weight_gradient = "
+                f"{self.arithmetic.weight_gradient} adds up {MAX_INT8_K} tokens at most; lower data.batch_size, and "
+                "raise trainer.accumulate_grad_batches."
+            )
+        if isinstance(self.recipe, Distilled) and not -(n := self.config.n_layers) <= self.recipe.relation_layer < n:
+            raise UserError(f"relation_layer = {self.recipe.relation_layer}: the model has the layers 0 to {n - 1}.")
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -179,6 +191,16 @@ class LitBitNet(L.LightningModule):
         """Refuse what cannot be computed over several processes as in one, before any work begins."""
         if not isinstance(strategy, ModelParallelStrategy):
             return
+        if isinstance(strategy.precision_plugin, LatentFloat32):
+            raise UserError(
+                "overlays/bf16_true: sharded weights are of one dtype; use overlays/bf16 with overlays/fsdp."
+            )
+        if isinstance(self.recipe, PostTraining):
+            name = type(self.recipe).__name__
+            if getattr(strategy, "tensor_parallel", 1) > 1:
+                raise UserError(f"model.recipe = {name}: tensor parallelism is for recipes that train from scratch.")
+            if self.recipe.state() == "frozen":
+                raise UserError(f"model.recipe = {name}: its integers cannot be sharded; use overlays/ddp.")
         recipe = self.recipe if isinstance(self.recipe, BitNet) else BitNet()
         if not recipe.has_plain_scale and recipe.scale_per == "matrix":
             raise UserError(
@@ -209,7 +231,12 @@ class LitBitNet(L.LightningModule):
         if self.resumes or not self.recipe.needs_text or not self.calibration_rows:
             return []
         data = self.data
-        return spaced_batches(data.tokens.ids("train-0"), self.calibration_rows, data.seq_len, data.batch_size)
+        store = data.tokens
+        shares = data.weights or [store.totals(f"train-{i}").tokens for i in range(store.sources)]
+        ends = np.rint(np.cumsum(shares) / sum(shares) * self.calibration_rows).astype(int)
+        rows = np.diff(ends, prepend=0).tolist()
+        found = [spaced_batches(store.ids(f"train-{i}"), n, data.seq_len, n)[0] for i, n in enumerate(rows) if n]
+        return list(torch.cat(found).split(data.batch_size))
 
     def _check_fits(self, description: dict[str, Any], where: str) -> None:
         checkpoint.check_fits(description, self.config, self.data.tokenizer.to_str(), where)
@@ -283,6 +310,8 @@ class LitBitNet(L.LightningModule):
         return self.recipe.loss(self.transformer, batch)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if not self.steps_now:  # trainer.max_time asks again behind each batch
+            self.trainer.should_stop = False
         if self.global_step >= self.total_steps:
             self.trainer.should_stop = True  # the run ends here anyway; this makes Lightning validate once more
 

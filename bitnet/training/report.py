@@ -1,6 +1,7 @@
 """What a run says at its beginning and leaves at its end: header, summary, loss curve and trit distribution."""
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -168,13 +169,15 @@ class RunReport(Callback):
         plot_loss(curves, folder / "loss.png")
         if trainer.world_size == 1:
             plot_quantized(pl_module.transformer, folder / "weights.png")
+        # Batches of questions without answers have no loss, and JSON no NaN.
+        found = {tag: [round(v, 6) for _, v in curve if math.isfinite(v)] for tag, curve in curves.items()}
         summary = {
             "steps": trainer.global_step,
             "seconds": round(self._before + self._seconds(), 1),
             "parameters": count_parameters(pl_module.config).total,
-            "figures": {tag: round(curve[-1][1], 6) for tag, curve in curves.items() if curve},
+            "figures": {tag: values[-1] for tag, values in found.items() if values},
             "mean_flip_rate": round(float(np.mean([v for _, v in curves.get("quant/flip_rate", [(0, 0.0)])])), 8),
-            "best_val_bpb": min((round(v, 6) for _, v in curves.get("val/bpb", [])), default=None),
+            "best_val_bpb": min(found.get("val/bpb", []), default=None),
             "data": pl_module.data.summary(),
             "preparation": pl_module.preparation,
             "torch": torch.__version__,

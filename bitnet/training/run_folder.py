@@ -82,7 +82,8 @@ def settle(aside: Path, folder: Path, failed: bool) -> None:
 
 
 def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
-    """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named.
+    """``(run folder, checkpoint)`` to continue: the newest of the family for ``last``, else the one named; a file that
+    lies in no run goes on in a new folder.
 
     Where the newest checkpoint of the run is damaged, the one before it is taken, and a line says so.
     """
@@ -94,8 +95,10 @@ def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
             return file, _newest_whole(found)
         if not (file.is_file() or is_sharded(file)):
             raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
-        folder = file.parent.parent if file.parent.name == "checkpoints" else root
-        return folder, file
+        if file.parent.name == "checkpoints":
+            return file.parent.parent, file
+        # A checkpoint by itself is of no run here: what lies at ``root`` is another one.
+        return new_run_folder(root, overwrite=False) if is_first_process() else root, file
     for folder in reversed(run_family(root)):
         if found := _checkpoints(folder):
             return folder, _newest_whole(found)

@@ -113,6 +113,12 @@ def affine_matmul(
         raise ValueError(f"scale and zero_point must be ({n}, groups), not {scale.shape} and {zero_point.shape}")
     if scale.dtype != torch.float32 or zero_point.dtype != torch.float32:
         raise ValueError("scale and zero_point must be float32")
+    groups = scale.shape[1]
+    if groups != -(-k // -(-k // max(groups, 1))):
+        raise ValueError(f"{k} inputs cannot be {groups} groups of ceil({k} / {groups})")
+    for name, other, values in (("x_inv_scale", x_inv_scale, x.shape[0]), ("table", table, 1 << bits)):
+        if other is not None and (other.dtype != torch.float32 or other.numel() != values):
+            raise ValueError(f"{name} must be float32 with {values} values, not {other.dtype} {tuple(other.shape)}")
     is_integer = x.dtype == torch.int8
     if is_integer != (x_inv_scale is not None) or (is_integer and table is not None):
         raise ValueError("int8 activations go with x_inv_scale and without a table")

@@ -36,7 +36,7 @@ class Shape:
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 """Streaming multiprocessors of the usual card of an architecture: a split is worth it while programs are fewer."""
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}
 """Shared memory that one program may use."""
 
 
@@ -128,9 +128,9 @@ def int8_shared_bytes(tile: Int8Tile, arch: int) -> int:
 
 
 def int8_tile(arch: int, m: int) -> Int8Tile:
-    """The shipped choice for m rows. From 9.0 on, a matrix instruction takes up to 256 columns."""
+    """The shipped choice for m rows. On 9.0 and 10.0 a matrix instruction takes up to 256 columns."""
     if m <= 64:
         return Int8Tile(rows=64, columns=128, warps=4, stages=4 if arch >= 90 else 3)
-    if arch >= 90:
+    if 90 <= arch < 120:
         return Int8Tile(rows=128, columns=256, stages=4)
     return Int8Tile(rows=128, columns=128, stages=3)

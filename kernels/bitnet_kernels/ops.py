@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels.cpu import native
+from bitnet_kernels.devices import on_its_device
 from bitnet_kernels.formats import FORMATS, MAX_K
 from bitnet_kernels.reference import packed_matmul_reference, rms_norm_quantize_reference
 
@@ -81,17 +82,34 @@ def wide_matmul(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor | N
     """The head of a model for a few tokens: x floating (M, K) times w (N, K) as stored -> float32 (M, N).
 
     w is int8 with a float32 factor a row, or float16 or bfloat16; x is not rounded. ``None`` where there is no kernel
-    for it; then any product will do, since nothing here is exact.
+    for it; then any product will do, since nothing here is exact. Raises ``ValueError`` for shapes, dtypes and devices
+    that do not fit.
     """
+    _check_wide(x, w, scale)
     if torch.compiler.is_compiling() or w.dtype not in (torch.int8, torch.float16, torch.bfloat16):
         return None
+    scale = None if scale is None else scale.contiguous()
     if x.is_cuda:
         from bitnet_kernels import triton_wide
 
         return triton_wide.wide_matmul(x, w, scale)
     if not _is_plain_cpu(x) or w.dtype == torch.bfloat16:
         return None
-    return native.wide_matmul(x.float().contiguous(), w, scale)
+    return native.wide_matmul(x.float().contiguous(), w.contiguous(), scale)
+
+
+def _check_wide(x: Tensor, w: Tensor, scale: Tensor | None) -> None:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or x.device != w.device:
+        raise ValueError(f"x {tuple(x.shape)} on {x.device} and w {tuple(w.shape)} on {w.device}: (M, K) and (N, K)")
+    if (scale is not None) != (w.dtype == torch.int8):
+        raise ValueError(
+            f"w of {w.dtype} with{'out' if scale is None else ''} scale: int8 weights have one, others none"
+        )
+    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != w.shape[0] or scale.device != w.device):
+        raise ValueError(
+            f"scale must be float32 with {w.shape[0]} values on {w.device}, not {scale.dtype} {tuple(scale.shape)} on "
+            f"{scale.device}"
+        )
 
 
 def _check(
@@ -119,8 +137,10 @@ def _check(
             f"{format} weights of {n} x {k} are uint8 ({n}, {layout.row_bytes(k)}), "
             f"not {packed.dtype} {tuple(packed.shape)}"
         )
-    if packed.device != x.device:
-        raise ValueError(f"x is on {x.device} and the weights are on {packed.device}")
+    others = {"packed": packed, "x_inv_scale": x_inv_scale, "w_inv_scale": w_inv_scale, "group_scale": group_scale}
+    for name, other in {**others, "row_sum": row_sum}.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"x is on {x.device} and {name} on {other.device}")
     if group_scale is not None:
         plane = layout.plane
         if group_size < plane or group_size % plane:
@@ -173,11 +193,13 @@ def _packed_matmul_cpu(
         )
     else:
         w_inv_scale = None if w_inv_scale is None else w_inv_scale.contiguous()
+        row_sum = None if row_sum is None else row_sum.contiguous()
         y = native.packed_matmul(x, packed, FORMATS[format].planes, k, x_inv_scale, w_inv_scale, row_sum)
     dtype = _result_dtype(x_inv_scale, group_scale, out_dtype)
     return y if y.dtype == dtype else y.to(dtype)
 
 
+@on_its_device
 def _packed_matmul_cuda(*arguments: Any) -> Tensor:
     from bitnet_kernels import triton_matmul
 
@@ -204,10 +226,9 @@ def _packed_matmul_fake(
 
 def _rms_norm_quantize_cpu(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     _check_norm(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # or results would lie as their input does
     if native.library() is None or rows.dtype != torch.float32 or (weight is not None and weight.dtype != rows.dtype):
         return rms_norm_quantize_reference(rows, weight, eps)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     mean_square = None
     if weight is not None:
         mean_square = None if native.sums_like_torch(rows.shape[1]) else rows.pow(2).mean(-1)
@@ -220,8 +241,11 @@ def _check_norm(x: Tensor, weight: Tensor | None) -> None:
         raise ValueError(f"x must be floating point (..., K), not {x.dtype} {tuple(x.shape)}")
     if weight is not None and tuple(weight.shape) != (x.shape[-1],):
         raise ValueError(f"the weight of the norm must be ({x.shape[-1]},), not {tuple(weight.shape)}")
+    if weight is not None and weight.device != x.device:
+        raise ValueError(f"x is on {x.device} and the weight of the norm on {weight.device}")
 
 
+@on_its_device
 def _rms_norm_quantize_cuda(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from bitnet_kernels import triton_norm
 

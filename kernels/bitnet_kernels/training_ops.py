@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import training_reference
+from bitnet_kernels.devices import on_its_device
 from bitnet_kernels.ops import _is_plain_cpu
 from bitnet_kernels.reference import ABSMAX_FLOOR
 from bitnet_kernels.training_reference import MAX_INT8_K
@@ -56,7 +57,8 @@ def int8_matmul(
 
     The product of the scales is rounded, then the quotient, then once more to ``out_dtype`` (float32, bfloat16 or
     float16; float32 if not given). ``row_inv_scale`` is float32 (M,), ``inv_scale`` float32 of one value, or 1.
-    Raises ``ValueError`` for other dtypes and shapes, and for K above ``MAX_INT8_K``.
+    In one of a and b no value is -128. Raises ``ValueError`` for other dtypes and shapes, and for K above
+    ``MAX_INT8_K``.
     """
     return _call("int8_matmul", a, b, row_inv_scale, inv_scale, out_dtype)  # type: ignore[no-any-return]
 
@@ -205,9 +207,11 @@ def _register(schema: str, module: str, check: Callable[..., None], empty: Calla
     name = schema.partition("(")[0]
 
     def on_cpu(*arguments: Any) -> object:
-        check(*arguments)
-        return getattr(training_reference, name)(*arguments)
+        check(*arguments)  # contiguous, or results would lie as their input does, and not as ``empty`` says
+        ready = (a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+        return getattr(training_reference, name)(*ready)
 
+    @on_its_device
     def on_cuda(*arguments: Any) -> object:
         check(*arguments)
         return getattr(importlib.import_module(f"bitnet_kernels.{module}"), name)(*arguments)

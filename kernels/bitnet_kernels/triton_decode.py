@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_kernels.devices import on_its_device
 from bitnet_kernels.triton_norm import rows_of
 
 BLOCK = 64
@@ -106,6 +107,7 @@ def relu2_gate_kernel(gate_ptr, up_ptr, y_ptr, N, GATE_STRIDE, UP_STRIDE, BN: tl
     tl.store(y_ptr + row * N + n, (squared * up).to(dtype), mask=ok)
 
 
+@on_its_device
 def rotate_and_append(
     q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, place: Tensor
 ) -> Tensor:
@@ -125,6 +127,7 @@ def rotate_and_append(
     return out
 
 
+@on_its_device
 def attend(q: Tensor, keys: Tensor, values: Tensor, place: Tensor, first: Tensor | None) -> Tensor:
     """q (B, H, D); keys, values (B, G, S, D), filled up to ``place``, int64 (1,) -> (B, 1, H * D).
 
@@ -140,6 +143,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, place: Tensor, first: Tensor
     return y
 
 
+@on_its_device
 def relu2_gate(gate: Tensor, up: Tensor) -> Tensor:
     """``relu(gate)^2 * up`` for (..., F), rounded where torch's three operations round."""
     rows, others = rows_of(gate), rows_of(up)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_kernels.devices import on_its_device
 from bitnet_kernels.reference import ABSMAX_FLOOR
 from bitnet_kernels.triton_norm import rounded
 
@@ -158,6 +159,7 @@ def _options(binary: bool) -> dict[str, object]:
     return {"BINARY": binary, "num_warps": 8, "enable_fp_fusion": False}
 
 
+@on_its_device
 def matrix_scales(ws: list[Tensor], binary: bool) -> Tensor:
     """Matrices, float32 and contiguous, on one device -> float32 (matrices, 2): what their levels are rounded by.
 
@@ -174,6 +176,7 @@ def matrix_scales(ws: list[Tensor], binary: bool) -> Tensor:
     return scales
 
 
+@on_its_device
 def quantize_matrices(ws: list[Tensor], binary: bool) -> tuple[list[Tensor], Tensor]:
     """Matrices as for ``matrix_scales`` -> their levels, int8 of the same shapes, and their scales.
 

@@ -260,7 +260,7 @@ def packed_matmul(
     out = torch.empty(m, n, dtype=(out_dtype or torch.float32) if scaled else torch.int32, device=x.device)
     if m == 0 or n == 0:
         return out
-    row_sum = x.sum(dim=-1, dtype=torch.int32) if row_sum is None else row_sum
+    row_sum = x.sum(dim=-1, dtype=torch.int32) if row_sum is None else row_sum.contiguous()
     row_bytes = packed.shape[1]
     tile = tile or choose(Shape(architecture(x), m, n, row_bytes), planes)
     steps = -(-row_bytes // tile.bytes)

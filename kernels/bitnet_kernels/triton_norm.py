@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_kernels.devices import on_its_device
 from bitnet_kernels.reference import ABSMAX_FLOOR
 
 
@@ -144,6 +145,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Ten
     return found.q, found.inv_scale[:, None], found.row_sum
 
 
+@on_its_device
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., K) normalized, in the dtype of its product with the weight."""
     return _launch(_rows(x), weight, eps, store_y=True).y.view(x.shape)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_kernels.devices import on_its_device
+
 
 @triton.jit
 def wide_matmul_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, N, K, SCALED: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
@@ -29,6 +31,7 @@ def wide_matmul_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, N, K, SCALED: tl.constexp
     tl.store(y_ptr + token.to(tl.int64) * N + rows, y, mask=rows_ok)
 
 
+@on_its_device
 def wide_matmul(x: Tensor, w: Tensor, scale: Tensor | None) -> Tensor:
     """x floating (M, K) times w int8, float16 or bfloat16 (N, K), with a factor a row or none -> float32 (M, N)."""
     m, n, k = x.shape[0], w.shape[0], x.shape[1]

@@ -51,8 +51,12 @@ INLINE void digits_of(const gradient_args *a, int64_t row, float factor, const f
 INLINE void some_rows(const gradient_args *a, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         const float *g = a->g + i * a->n;
+        const float inv = a->row_inv ? 1.0f / a->row_inv[i] : 1.0f;
         int32_t largest = 0;
-        for (int64_t j = 0; j < a->n; j++) largest = magnitude(g[j]) > largest ? magnitude(g[j]) : largest;
+        for (int64_t j = 0; j < a->n; j++) {
+            const int32_t size = magnitude(g[j] * inv);
+            largest = size > largest ? size : largest;
+        }
         a->inv_scale[i] = inv_scale_of(largest, a->digits);
         digits_of(a, i, a->inv_scale[i], NULL);
     }

@@ -186,8 +186,9 @@ int bitnet_packed_matmul(const packed_matmul_call *c) {
     const product a = {x, x_stride, m, k, c->w, c->row_bytes, n, (int)c->planes, c->x_inv, c->w_inv, c->w_inv_stride, c->out};
     const int64_t kx = arranged_k(&a), strips = (n + STRIP - 1) / STRIP;
     const int step = tokens_per_pass(&a), isa = (int)c->isa;
-    const int threads = (int)MIN(c->threads, strips ? strips : 1);
+    const int threads = (int)MIN(c->threads, strips);
     int failed = 0;
+    if (!m || !n) return 0;
     if (m <= TILE) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(| : failed)
         for (int part = 0; part < threads; part++) failed |= share_of_rows(&a, known_sum, part, threads, isa);
