@@ -112,9 +112,14 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"scale": p["scale"][:2]}, "scale and zero_point must be"),
         ({"scale": p["scale"].double()}, "float32"),
         ({"x_inv_scale": None}, "int8 activations"),
+        ({"x_inv_scale": p["x_inv_scale"][:1]}, "x_inv_scale must be float32 with 2 values"),
+        ({"x_inv_scale": p["x_inv_scale"].double()}, "x_inv_scale must be float32 with 2 values"),
+        ({"scale": torch.ones(3, 48), "zero_point": torch.ones(3, 48)}, "64 inputs cannot be 48 groups"),
     ):
         with pytest.raises(ValueError, match=named):
             affine_matmul(p["x"], packed, 4, **{**good, **change})
+    with pytest.raises(ValueError, match="table must be float32 with 16 values"):
+        affine_matmul(p["x"].float(), packed, 4, **{**good, "x_inv_scale": None}, table=torch.ones(8))
     with pytest.raises(ValueError, match="3-bit codes"):
         affine_matmul(p["x"], packed, 3, **good)
     with pytest.raises(ValueError, match="does not fit 2 bits"):

@@ -1,5 +1,7 @@
 """The packed product on the CPU equals float64, bit for bit: every instruction set of this machine, every odd shape."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,5 +131,26 @@ def test_what_is_not_supported_raises() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             packed_matmul(*arguments, **options)
-    with pytest.raises(ValueError, match="the weights are on meta"):
+    with pytest.raises(ValueError, match="packed on meta"):
         packed_matmul(x, packed.to("meta"), **ok)
+    scales = {"x_inv_scale": torch.ones(2), "w_inv_scale": one}
+    for name in (*scales, "row_sum"):  # what C would read from an address of another device
+        elsewhere = {**ok, **scales, name: torch.zeros(2, dtype=torch.int32)[: 2 - (name == "w_inv_scale")]}
+        elsewhere[name] = elsewhere[name].to(torch.int32 if name == "row_sum" else torch.float32).to("meta")
+        with pytest.raises(ValueError, match=f"{name} on meta"):
+            packed_matmul(x, packed, **elsewhere)
+
+
+@pytest.mark.parametrize("format", ["ternary2", "binary1"])
+def test_sums_of_rows_lie_anywhere(format: str) -> None:
+    x, w = random_int8(3, 300, 0), random_levels(format, 9, 300, 1)
+    sums = torch.stack([x.sum(1), torch.full((3,), 99)], dim=1).int()[:, 0]
+    y = packed_matmul(x, FORMATS[format].pack(w), format, n=9, k=300, row_sum=sums)
+    assert torch.equal(y.double(), exact(x, w))
+
+
+def test_no_tokens_in_a_thread_that_has_multiplied_nothing_yet() -> None:
+    """Each thread of C keeps working memory, of which no bytes are needed here: that is no lack of memory."""
+    x, packed = random_int8(0, 300, 0), FORMATS["ternary2"].pack(random_levels("ternary2", 9, 300, 1))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(packed_matmul, x, packed, n=9, k=300).result().shape == (0, 9)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitnet_kernels import training_ops
+from bitnet_kernels import rms_norm_quantize, training_ops
 from bitnet_kernels.training_ops import GRADIENT_FLOOR, MAX_INT8_K
 from tests.kernels.conftest import random_int8
 from tests.kernels.test_ops import CHECKS, OPS
@@ -41,6 +41,15 @@ def test_opcheck(name: str, arguments: tuple[Any, ...]) -> None:
     if isinstance(direct, Tensor):
         direct, dispatched = (direct,), (dispatched,)
     assert all(torch.equal(a, b) for a, b in zip(direct, dispatched, strict=True))
+
+
+@pytest.mark.parametrize("name", ["quantize_rows", "ternary_weight", "binary_weight", "norm_quantize"])
+def test_results_lie_as_their_shapes_say(name: str) -> None:
+    """Those of a transposed matrix, too: a compiled graph counts on it."""
+    rest = {"quantize_rows": (), "norm_quantize": (torch.ones(30), 1e-5)}.get(name, (ONE,))
+    found = getattr(training_ops, name)(torch.randn(30, 5).t(), *rest)
+    assert all(part.is_contiguous() for part in found)
+    assert all(part.is_contiguous() for part in rms_norm_quantize(torch.randn(30, 5).t().bfloat16(), None))
 
 
 class Gradients(nn.Module):

@@ -115,6 +115,18 @@ def test_digits_put_together_are_the_gradient(m, n, digits, per_column) -> None:
     assert int((again - value.int()).abs().max()) <= 1  # a reciprocal apart, a tie may fall either way
 
 
+@pytest.mark.parametrize("digits", [1, 2])
+def test_digits_of_divided_rows(digits) -> None:
+    """The largest of a row is that of its quotients, or digits would leave int8."""
+    g, row_inv = matrix(5, 33, seed=3, std=1e-4), torch.tensor([0.25, 0.5, 1.0, 2.0, 30.0])
+    high, low, inv_scale = gradient_digits(g, digits, row_inv)
+    value = high.double() if low is None else 256.0 * high.double() + low.double()
+    exact = g.double() / row_inv.double()[:, None]
+    step = exact.abs().amax(1, keepdim=True) / LEVELS[digits]
+    assert float(((value * step - exact).abs() / step).max()) <= 0.5 + 1e-2
+    torch.testing.assert_close(inv_scale.double(), 1 / step[:, 0], rtol=1e-6, atol=0)
+
+
 def test_infinite_gradients_do_not_hide() -> None:
     for bad in (math.inf, math.nan):
         g = matrix(4, 6)

@@ -24,6 +24,34 @@ def test_against_float64(dtype: torch.dtype, isa: Isa) -> None:
         assert bool(((y.double() - expected).abs() <= bound).all()), (m, n, k)
 
 
+def test_the_matrix_may_be_a_view() -> None:
+    needs(Isa.AVX2)
+    x, w = torch.randn(2, 8), torch.randn(8, 5).half().t()
+    y = wide_matmul(x, w)
+    assert y is not None
+    torch.testing.assert_close(y, x @ w.float().t())
+    twice = torch.rand(5, 2)
+    y = wide_matmul(x, torch.ones(5, 8, dtype=torch.int8), twice[:, 0])
+    assert y is not None
+    torch.testing.assert_close(y, x.sum(1, keepdim=True) * twice[:, 0])
+
+
+@pytest.mark.parametrize(
+    "w,scale,message",
+    [
+        (torch.ones(3, 7).half(), None, r"w \(3, 7\)"),
+        (torch.ones(3, 8, dtype=torch.int8), None, "without scale"),
+        (torch.ones(3, 8).half(), torch.ones(3), "with scale"),
+        (torch.ones(3, 8, dtype=torch.int8), torch.ones(2), "3 values"),
+        (torch.ones(3, 8, dtype=torch.int8), torch.ones(3).double(), "float32"),
+        (torch.ones(3, 8).half().to("meta"), None, "on meta"),
+    ],
+)
+def test_what_does_not_fit_is_refused(w: torch.Tensor, scale: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wide_matmul(torch.randn(1, 8), w, scale)
+
+
 def test_what_has_no_kernel_gives_none() -> None:
     x = torch.randn(1, 8)
     assert wide_matmul(x, torch.randn(3, 8)) is None

@@ -1,0 +1,53 @@
+"""Kernels are launched where their tensors are, whichever device is current."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitnet_kernels
+from bitnet_kernels.devices import on_its_device
+
+FOLDER = Path(bitnet_kernels.__file__).parent
+
+
+@pytest.mark.parametrize("given", [torch.ones(1), [torch.ones(1), torch.zeros(1)]], ids=["tensor", "list"])
+def test_the_device_of_the_first_argument_is_current(given: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[object] = []
+
+    class Watched(torch.cuda.device_of):
+        def __init__(self, tensor: torch.Tensor) -> None:
+            super().__init__(tensor)
+            current.append(tensor)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", Watched)
+    seen = on_its_device(lambda first, more: [*current, more])(given, 3)
+    assert seen == [given[0] if isinstance(given, list) else given, 3] and current == []
+
+
+def launching(module: Path) -> set[str]:
+    """Functions of a module that launch a kernel, or call one in it that does and is not decorated itself."""
+    functions = {f.name: f for f in ast.parse(module.read_text()).body if isinstance(f, ast.FunctionDef)}
+    launches = {
+        name
+        for name, function in functions.items()
+        if any(isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript) for n in ast.walk(function))
+    }
+    return {
+        name
+        for name in launches
+        if not any(getattr(d, "id", "") == "on_its_device" for d in functions[name].decorator_list)
+    }
+
+
+def test_whoever_launches_is_called_with_the_device_set() -> None:
+    """By itself, or by the operator in ``ops`` and ``training_ops`` in front of it."""
+    behind_operators = {"triton_matmul", "triton_int8", "triton_training"}
+    bare = {file.stem: names for file in sorted(FOLDER.glob("triton_*.py")) if (names := launching(file))}
+    assert {"triton_matmul", "triton_int8"} <= bare.keys()
+    assert bare.keys() <= behind_operators | {"triton_norm"}
+    assert bare["triton_norm"] <= {"_launch", "rms_norm_backward"}
