@@ -217,10 +217,8 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Forget how the file was called: under another name of its folder it would be taken for an older one, and be
-        removed as soon as it is written."""
-        super().load_state_dict(state_dict)
-        self.best_model_path = ""
+        """Nothing: under another name of its folder, the file would be taken for an older one, and be removed as soon
+        as it is written."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
@@ -240,8 +238,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also what best.ckpt says of itself: it may be newer than the checkpoint that the run goes on from, which is
-        saved before the validation of its step, or be in a folder that has another name now."""
-        super().load_state_dict(state_dict)
+        saved before the validation of its step, or be in a folder that has another name now: that goes by it alone."""
+        if state_dict["dirpath"] == self.dirpath:
+            super().load_state_dict(state_dict)
         file = Path(self.dirpath or ".") / f"{self.filename}.ckpt"
         if not file.is_file() or damage(file):
             return

@@ -18,3 +18,13 @@ class StopAfter(Callback):
 class StopBeforeValidation(Callback):
     def on_validation_start(self, trainer, pl_module) -> None:
         os._exit(7)
+
+
+class TimeIsUp(Callback):
+    """From a batch on, as ``trainer.max_time`` does: whether or not a step ends there."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        trainer.should_stop = trainer.should_stop or batch_idx >= self.batch
