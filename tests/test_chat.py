@@ -1,5 +1,6 @@
 """Chat templates against transformers', the sandbox, conversations as training data, and talking."""
 
+import io
 import json
 from pathlib import Path
 
@@ -174,6 +175,16 @@ def test_fit_on_conversations_learns_the_answers_and_chat_gives_them(answering, 
     assert open_model(packed).chat_template == PLAIN_TEMPLATE
 
 
+def test_bytes_that_are_not_utf8_are_one_line(answering, monkeypatch, capsys) -> None:
+    capsys.readouterr()
+    for errors in ("strict", "surrogateescape"):  # as in a UTF-8 locale, and as in that of C
+        said = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", said)
+        assert main(["generate", str(answering), "--chat"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --chat") and "not UTF-8" in error and error.count("\n") == 1
+
+
 def test_old_messages_make_room(answering) -> None:
     opened = open_model(answering)
     talk = Conversation(opened.model, opened.tokenizer, opened.chat_template, opened.eos_id)
@@ -191,9 +202,12 @@ def test_old_messages_make_room(answering) -> None:
     [
         ({"chat_template": "nowhere.jinja"}, "neither 'plain' nor a file"),
         ({"chat_template": "plain", "streaming": True}, "not streamed"),
+        ({"chat_template": "latin.jinja"}, "cannot be read as UTF-8"),
     ],
 )
-def test_bad_settings_are_refused(options, words, chats) -> None:
+def test_bad_settings_are_refused(options, words, chats, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.jinja").write_bytes("{{ 'caf\u00e9' }}".encode("latin-1"))
     with pytest.raises(UserError, match=words):
         TokenDataModule(str(chats), **options)
 

@@ -1,7 +1,10 @@
 """Checkpoints: what is loaded is what was trained; what is damaged or foreign is refused; nothing in a file runs."""
 
+import errno
+import multiprocessing
 import os
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,9 @@ import torch
 
 from bitnet import load_checkpoint
 from bitnet.checkpoint import find_checkpoint, read_checkpoint, weights_digest
-from bitnet.errors import UserError
+from bitnet.errors import UserError, of_the_machine
 from bitnet.layers import BitLinear
+from bitnet.option_checks import check_folder
 from bitnet.quantizers import quantize_int8_absmax, quantize_ternary_absmean
 from bitnet.training.atomic import PARTIAL_SUFFIX, remove_partial_files, write_atomically
 from bitnet_kernels import matmul_reference
@@ -112,6 +116,31 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
     assert torch.load(file, weights_only=True)["a"].tolist() == [1, 1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_is_said_by_whatever_writes(tmp_path) -> None:
+    """torch trips over what the system said, and says something else."""
+
+    with pytest.raises(RuntimeError) as failed:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc]")  # noqa: B904
+    assert str(of_the_machine(failed.value)) == "the disk is full (No space left on device)."
+    denied = PermissionError(errno.EACCES, "Permission denied", "/root/x.json")
+    assert str(of_the_machine(denied)) == "/root/x.json: not allowed (Permission denied)."
+    assert of_the_machine(RuntimeError("a bug")) is None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        ended = pool.submit(os._exit, 1).exception()
+    assert "the memory has run out" in str(of_the_machine(ended))
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match=f"--json {tmp_path}/x.json: {tmp_path} cannot be written to"):
+        check_folder("--json", str(tmp_path / "x.json"))
+    (tmp_path / "y.json").touch()
+    check_folder("--json", str(tmp_path / "y.json"))  # a file that is there may be written all the same
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path) -> None:

@@ -12,6 +12,7 @@ from bitnet.__main__ import main
 from bitnet.checkpoint import load_checkpoint, read_checkpoint
 from bitnet.commands.quantize import RECIPE_NAMES
 from bitnet.data.tokens import UNSAID, TokenStore
+from bitnet.errors import UserError
 from bitnet.inference.files import load_packed
 from bitnet.layers import quantized_layers
 from bitnet.recipes import POST_TRAINING, EfficientQAT
@@ -79,11 +80,11 @@ def test_quantized_evaluated_packed_and_generated_from(
     assert read_checkpoint(out)["bitnet"]["origin"]["parent_sha256"] == origin["parent_sha256"]
 
 
-@pytest.mark.parametrize("rows,blocks", [(8, 0), (16, 2)])
+@pytest.mark.parametrize("rows,blocks", [(4, 0), (8, 2)])
 def test_errors_of_blocks_are_those_of_batches_held_out(
     rows: int, blocks: int, float_run: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Eight rows are one batch, of which nothing is held out: nothing is said, and origin.json stays JSON."""
+    """Four rows are one batch, of which nothing is held out: nothing is said, and origin.json stays JSON."""
     out = tmp_path / "q"
     command = ["quantize", str(float_run), "--recipe", "efficient_qat", "--block_steps", "1", "--out", str(out)]
     assert main([*command, "--calibration", str(stories), "--calibration_rows", str(rows)]) == 0
@@ -101,6 +102,8 @@ def test_errors_of_blocks_are_those_of_batches_held_out(
         (["--recipe", "gptq"], "give it text with --calibration"),
         (["--recipe", "gptq", "--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--recipe", "rtn", "--calibration", "x.txt"], "leave it out"),
+        (["--recipe", "rtn", "--calibration_rows", "16"], "--calibration_rows: rtn looks at weights only"),
+        (["--recipe", "rtn", "--batch_size", "2"], "--batch_size: rtn looks at weights only"),
         (["--recipe", "qat"], "bitnet fit --config posttrain/qat"),
         (["--recipe", "awk"], "invalid choice"),
         (
@@ -229,6 +232,32 @@ def test_synthesized_text_trains_without_the_data(
         capsys, "synthesize", str(float_run), "--out", str(tmp_path / "x"), "--sequences", "0"
     )
     assert not (tmp_path / "x").exists()
+    named = error_of(capsys, "synthesize", str(float_run), "--out", str(tmp_path / "x"), "--length", "0")
+    assert "length = 0: must be between 2" in named
+
+
+@pytest.mark.parametrize("weights,from_first", [(None, 6), ("[0,1]", 0), ("[1,3]", 2)])
+def test_calibration_is_of_every_source_by_its_share(
+    float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str | None, from_first: int
+) -> None:
+    """Of three times as many letters as digits, a token each; or as data.weights says."""
+    (tmp_path / "first.txt").write_text("\n<|endoftext|>\n".join(["~" * 500] * 30))
+    (tmp_path / "second.txt").write_text("\n<|endoftext|>\n".join(["%" * 500] * 10))
+    seen: list[torch.Tensor] = []
+
+    def look(self: Any, chain: Any, progress: Any) -> list[str]:
+        seen.extend(chain.batches)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(EfficientQAT, "train_blocks", look)
+    command = ["fit", "--config", "posttrain/efficient_qat", f"--model.init_from={float_run}"]
+    command += [f'--data.path=["{tmp_path}/first.txt","{tmp_path}/second.txt"]', "--trainer.max_steps=1"]
+    command += ["--data.seq_len=32", "--data.batch_size=3", "--model.calibration_rows=8", "--trainer.accelerator=cpu"]
+    command += [f"--trainer.default_root_dir={tmp_path / 'r'}", "--data.val_fraction=0.1"]
+    assert fit([*command, *([] if weights is None else [f"--data.weights={weights}"])]) == 2
+    assert [len(batch) for batch in seen] == [3, 3, 2]
+    tokenizer = load_checkpoint(float_run)[1]
+    assert sum("~" in tokenizer.decode(row.tolist()) for row in torch.cat(seen)) == from_first
 
 
 def test_calibration_is_not_thinned_out_by_dropout(

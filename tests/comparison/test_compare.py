@@ -93,6 +93,17 @@ def test_one_book_is_cut_into_pieces(float_run: Path, tmp_path: Path) -> None:
     assert sum(d.text_bytes for d in documents) == book.stat().st_size
 
 
+@pytest.mark.parametrize("text", ["A line of its own.\n\n", " = Title = \n Words with spaces around. \n"])
+def test_texts_without_a_newline_inside_of_a_paragraph_are_cut(text: str, float_run: Path, tmp_path: Path) -> None:
+    """As WikiText has them, or a book with a line for each paragraph."""
+    book = tmp_path / "book.txt"
+    book.write_text(text * 2000)
+    _, tokenizer = load_checkpoint(float_run)
+    documents = read_documents(tokenizer, find_eos(tokenizer), str(book), Reading(), limit=None)
+    assert len(documents) >= 20
+    assert "".join(tokenizer.decode(d.ids[:-1]) for d in documents) == (text * 2000).rstrip("\n")
+
+
 def test_a_float_model_is_stored_in_sixteen_bits(float_run: Path, tmp_path: Path) -> None:
     model, tokenizer = load_checkpoint(float_run)
     stored, served = store(model, tokenizer, {}, tmp_path / "m.safetensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitnet.data.corpora import BUILTIN, Reading, list_files, open_corpus
+from bitnet.data.streaming import open_streams, take_head
 from bitnet.errors import UserError
 
 TEXT = "One line.\r\nTwo \u00e9l\u00e8ve \U0001f600.\r\n<|endoftext|>\r\nSecond document.\r\n"
@@ -77,6 +78,23 @@ def test_hugging_face_dataset_by_name(tmp_path) -> None:
         read(f"hf:{folder}", text_key="body")
     with pytest.raises(UserError, match="hf:nobody/nothing"):
         read("hf:nobody/nothing")
+
+
+def test_records_that_are_no_texts_are_named(tmp_path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "parts": ["b", "c"]}\n')
+    with pytest.raises(UserError, match=r"column 'parts' holds no text but list; set data\.text_key"):
+        read(f"hf:{tmp_path}", text_key="parts")
+    streams = open_streams([f"hf:{tmp_path}"], Reading(text_key="parts"))
+    with pytest.raises(UserError, match="column 'parts' holds no text but list"):
+        take_head(streams[0], "hf:", "parts", 1, 1)
+
+
+def test_a_pattern_that_is_none_is_named(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    try:
+        assert list_files(str(tmp_path / "**.txt"))  # Python 3.13 on
+    except UserError as error:
+        assert "write **/ for any folders" in str(error)
 
 
 def test_folder_is_sorted_and_leaves_other_files_alone(tmp_path) -> None:

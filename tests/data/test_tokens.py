@@ -210,6 +210,16 @@ def test_prepared_folder_is_taken_as_it_is_and_damage_is_noticed(stories, tmp_pa
         run_prepare(folder).ids("val")
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", '{"title": "of a corpus"}'])
+def test_another_meta_json_is_a_file_among_texts(content, stories, tmp_path, run_prepare) -> None:
+    shutil.copy(stories, tmp_path / "a.txt")
+    (tmp_path / "meta.json").write_text(content)
+    assert run_prepare(tmp_path).totals("train-0").documents > 30
+    (tmp_path / "meta.json").write_text('{"format": ')
+    with pytest.raises(UserError, match="not a token folder"):
+        run_prepare(tmp_path)
+
+
 def test_rows_predict_every_id_once() -> None:
     for n in (2, 5, 9, 10, 17):
         ids = np.arange(100, 100 + n)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bitnet.evaluation import perplexity
 from bitnet.evaluation.perplexity import evaluate_text, windows
 from bitnet.interchange.opened import open_model
 from bitnet.loss import Score
+from tests.conftest import story_text
 
 TEXT = "The small dog ran over the green hill and sat down beside the river. " * 12
 
@@ -83,6 +85,24 @@ def test_bad_windows_are_refused(options, words, finished_run, tmp_path) -> None
     opened = open_model(finished_run)
     with pytest.raises(UserError, match=words):
         evaluate_text(opened.model, opened.tokenizer, str(file), Reading(), **options)
+
+
+def test_a_model_of_nan_has_no_score(finished_run, tmp_path, capsys) -> None:
+    """Where JSON has no number to print."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    file = run / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    content["state_dict"]["model.norm.weight"].fill_(torch.nan)
+    torch.save(content, file)
+    text = tmp_path / "text.txt"
+    text.write_text(story_text(12))
+    for command in (["evaluate", str(run)], ["compare", str(run), "--out", str(tmp_path / "report")]):
+        capsys.readouterr()
+        assert main([*command, "--data.path", str(text)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "the logits of this model are nan or infinite" in error
+    assert error.startswith("error: run: ") and not (tmp_path / "report").exists()
 
 
 def test_batches_are_where_the_model_is(finished_run, tmp_path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ import yaml
 from lm_eval.api.instance import Instance
 
 from bitnet.__main__ import main
+from bitnet.data.tokenizer import begin_with
 from bitnet.errors import UserError
 from bitnet.evaluation.lm import BitNetLM
 from bitnet.evaluation.published import MODELS, of_the_same_size
@@ -182,6 +183,44 @@ def test_a_yaml_task_and_a_limit(forms, data, tmp_path, capsys) -> None:
     assert "mine      2  acc" in said and "no published figures" in said
 
 
+def test_every_filter_of_a_task_has_a_score(forms, data, tmp_path, capsys) -> None:
+    """As gsm8k has: what is said is looked at in two ways."""
+    task = {
+        "task": "two_ways",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data / "lastword_a.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{continuation}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [
+            {"name": "strict", "filter": [{"function": "take_first"}]},
+            {"name": "loose", "filter": [{"function": "lowercase"}, {"function": "take_first"}]},
+        ],
+    }
+    file = tmp_path / "two_ways.yaml"
+    file.write_text(yaml.safe_dump(task))
+    assert main(["evaluate", str(forms["packed"]), "--tasks", str(file), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["tasks"]
+    assert [score["metric"] for score in scores] == ["exact_match, strict", "exact_match, loose"]
+
+
+def test_texts_are_scored_behind_the_token_that_begins_them(forms) -> None:
+    """As lm-eval's own wrapper does with a tokenizer that has a BOS token."""
+    opened = open_model(forms["checkpoint"])
+    bos = opened.tokenizer.token_to_id("z")
+    begin_with(opened.tokenizer, "z")
+    lm = BitNetLM(opened.model, opened.tokenizer)
+    ids = opened.tokenizer.encode("The small dog", add_special_tokens=False).ids
+    with torch.inference_mode():
+        log_p = opened.model(torch.tensor([[bos, *ids[:-1]]]))[0].double().log_softmax(-1)
+    expected = float(log_p.gather(1, torch.tensor(ids)[:, None]).sum())
+    (found,) = lm.loglikelihood_rolling(requests([("The small dog",)], "loglikelihood_rolling"))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
 def test_generation_stops_where_the_task_says(forms) -> None:
     lm = lm_of(forms["checkpoint"])
     full = generate(lm.model, lm.bpe, "The small dog", max_new_tokens=12, temperature=0.0)
@@ -224,6 +263,7 @@ def test_refusals_of_the_command(forms, data, tmp_path, capsys) -> None:
         (["--tasks", "unheard", "--tasks_data", str(data)], "which has lastword_a, pronouns, who"),
         ([], "give either --data.path (a text) or --tasks"),
         (["--tasks", "x", "--stride", "2"], "--stride is for --data.path"),
+        (["--tasks", "x", "--batch_size", "2"], "--batch_size is for --data.path"),
         (["--data.path", str(broken), "--few_shot", "5"], "--few_shot is for --tasks"),
         (["--tasks", f"{data / 'who.jsonl'},{tmp_path / 'who.jsonl'}"], "2 tasks are called who; rename one"),
     ):

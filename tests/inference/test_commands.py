@@ -108,6 +108,8 @@ def test_bad_input(finished_run: Path, packed: Path, tmp_path: Path, capsys: pyt
         (("generate", file, "--prompt", ""), "the prompt is empty"),
         (("generate", str(tmp_path / "absent.safetensors"), "--prompt", "a"), "no such run, checkpoint, packed model"),
         (("inspect", run, "--verify"), "--verify checks the digests of a packed model"),
+        (("inspect", run, "--json", "x.json"), "--json goes with --devices"),
+        (("inspect", file, "--int8"), "--int8 goes with --devices"),
         (("bench", "decode", run), "pack it first"),
         (("bench", "decode", file, "--tokens", "5000"), "the context of the model holds 32"),
         (("bench", "decode", "float_125m"), "ternary or binary ones can be packed"),

@@ -2,12 +2,15 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
+from bitnet.__main__ import main
 from bitnet.errors import UserError
 from bitnet.interchange import check, gguf_export, read_by_ik_llama_cpp
 from bitnet.interchange.check import (
@@ -27,6 +30,7 @@ from bitnet.interchange.gguf_blocks import (
 )
 from bitnet.interchange.gguf_export import architecture, check_type, write_gguf
 from bitnet.interchange.gguf_import import read_gguf
+from bitnet.interchange.gguf_tokenizer import read_tokenizer
 from bitnet.interchange.opened import Opened, open_model
 from bitnet.interchange.parts import matrices, without_activation_quantization
 
@@ -208,9 +212,30 @@ def test_the_tokenizer_comes_back(trained_model, tmp_path) -> None:
     assert back.eos_token == "<|endoftext|>"
 
 
-def test_the_command_exports_and_imports(trained, tmp_path, capsys) -> None:
-    from bitnet.__main__ import main
+@pytest.mark.parametrize("said,begins", [(None, True), (True, True), (False, False)])
+def test_texts_of_llama_3_begin_with_a_token_unless_the_file_says_no(said, begins) -> None:
+    """llama.cpp's rule for this split, where ``add_bos_token`` is missing."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"]
+    fields = {"model": "gpt2", "pre": "llama-bpe", "tokens": tokens, "token_type": [1] * 256 + [3, 3], "merges": []}
+    fields |= {"bos_token_id": 256, "eos_token_id": 257} | ({} if said is None else {"add_bos_token": said})
+    tokenizer, eos = read_tokenizer(fields, "m.gguf")
+    assert (tokenizer.encode("a").ids[0] == 256) == begins and eos == "</s>"
+    assert read_tokenizer({**fields, "pre": "qwen2"}, "m.gguf")[0].encode("a").ids[0] == (256 if said else 64)
 
+
+def test_without_the_gguf_package_both_ways_say_so(trained, monkeypatch, tmp_path, capsys) -> None:
+    file = written(opened_model(), tmp_path / "m.gguf", "f16")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for command in (
+        ["export", str(trained), "--format", "gguf", "--out", str(tmp_path / "n.gguf"), "--type", "f16"],
+        ["generate", str(file), "--prompt", "a"],
+    ):
+        assert main(command) == 2
+        assert "GGUF files need the package gguf (pip install" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_command_exports_and_imports(trained, tmp_path, capsys) -> None:
     out, run = tmp_path / "m.gguf", tmp_path / "run"
     assert main(["export", str(trained), "--format", "gguf", "--out", str(out), "--check_tokens", "16"]) == 0
     assert "KL < 0.001, argmax >= 90%: met" in capsys.readouterr().out

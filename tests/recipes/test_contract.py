@@ -10,6 +10,7 @@ from torch import nn
 from bitnet.checkpoint import build, describe, load_state
 from bitnet.errors import UserError
 from bitnet.layers import BitLinear, FakeQuantizedLinear, LoRALinear, quantized_layers
+from bitnet.loss import IGNORE
 from bitnet.model import Transformer, without_memory
 from bitnet.recipes import (
     AWQ,
@@ -210,6 +211,16 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint() -> None:
         assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
         assert all(torch.equal(before[name], t) for name, t in teacher.state_dict().items())
         assert set(model.state_dict()) == plain
+
+
+def test_a_batch_without_answers_teaches_nothing() -> None:
+    recipe, model = Distilled(), random_model()
+    recipe.prepare(model)
+    batch = counting()
+    batch["targets"] = torch.full_like(batch["targets"], IGNORE)
+    loss = recipe.loss(model, batch)
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and not any(p.grad.any() for p in model.parameters())
 
 
 def test_soft_labels_do_not_depend_on_the_length() -> None:

@@ -12,9 +12,10 @@ import torch
 from bitnet.errors import UserError
 from bitnet.layers import low_bit_layers
 from bitnet.loss import next_token_loss
-from bitnet.recipes import BitNet
+from bitnet.recipes import PEQA, QAT, BitNet
 from bitnet.training.lit import LitBitNet
 from bitnet.training.parallel import check_split_layer, check_tensor_parallel
+from bitnet.training.precision import LatentFloat32
 from bitnet.training.strategies import FullySharded
 
 from ..conftest import ROOT
@@ -198,3 +199,12 @@ def test_what_cannot_be_cut_is_refused() -> None:
     LitBitNet(model.config, BitNet(act4_from=0.9)).check_strategy(strategy)
     with pytest.raises(UserError, match=r"keep_8bit = \['w2'\]"):
         LitBitNet(model.config, BitNet(act4_from=0.9, keep_8bit=("w2",))).check_strategy(strategy)
+    with pytest.raises(UserError, match="QAT: tensor parallelism is for recipes that train from scratch"):
+        LitBitNet(model.config, QAT(group_size=16)).check_strategy(strategy)
+    sharded = FullySharded()
+    LitBitNet(model.config, QAT(group_size=16)).check_strategy(sharded)
+    with pytest.raises(UserError, match="PEQA: its integers cannot be sharded"):
+        LitBitNet(model.config, PEQA(group_size=16)).check_strategy(sharded)
+    sharded.precision_plugin = LatentFloat32()
+    with pytest.raises(UserError, match="sharded weights are of one dtype"):
+        LitBitNet(model.config, BitNet()).check_strategy(sharded)
