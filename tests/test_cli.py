@@ -254,7 +254,11 @@ def test_inspect_config_and_run(finished_run, capsys) -> None:
     assert "3,151,104" in out and "export hf" in out
     assert bitnet(["inspect", str(finished_run)]) == 0
     out = capsys.readouterr().out
-    assert "layers.0.attention.wq" in out and "scale" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("layers.0.attention.wq"))
+    w = read_checkpoint(finished_run)["state_dict"]["model.layers.0.attention.wq.weight"].double()
+    q = (w / w.abs().mean()).round().clamp(-1, 1)
+    shares = [f"{float((q == level).double().mean()):.1%}" for level in (-1, 0, 1)]
+    assert row == ["layers.0.attention.wq", "32", "x", "32", *shares, f"{float(w.abs().mean()):.5f}"]
 
 
 def test_prepare_makes_a_folder_that_fit_takes(stories, tmp_path, run_fit, capsys) -> None:

@@ -60,18 +60,19 @@ def test_nan_stays_nan(transform) -> None:
     assert y[0].isfinite().all() and y[1].isnan().any()
 
 
-@pytest.mark.parametrize("scale_per", ["matrix", 32])
+@pytest.mark.parametrize("weight", ["ternary", "binary"])
+@pytest.mark.parametrize("scale_per", ["matrix", 64])
 @pytest.mark.parametrize("act_bits", [8, 4])
 @pytest.mark.parametrize("transform", ["hadamard", "top_half"])
-def test_models_are_served_as_trained(transform, act_bits, scale_per, tokenizer, tmp_path) -> None:  # noqa: F811
+def test_models_are_served_as_trained(transform, act_bits, scale_per, weight, tokenizer, tmp_path) -> None:  # noqa: F811
     recipe = {"transform": transform, "scale_per": scale_per, "keep_8bit": ("wo", "w2")}
-    model = low_bit_model(weight="binary", act_bits=act_bits, recipe=recipe, ffn_dim=128)
+    model = low_bit_model(weight=weight, act_bits=act_bits, recipe=recipe, dim=128, ffn_dim=128)
     assert {n.rpartition(".")[2] for n, m in low_bit_layers(model).items() if m.transform != "none"} == {"wo", "w2"}
     packed = pack(model)
     assert_same(model, packed, ((1, 9), (3, 20)))
     save_packed(packed, tokenizer, tmp_path / "m.safetensors")
     assert_same(model, load_packed(tmp_path / "m.safetensors")[0], ((1, 9),))
-    plain = low_bit_model(weight="binary", act_bits=act_bits, recipe={"scale_per": scale_per}, ffn_dim=128)
+    plain = low_bit_model(weight=weight, act_bits=act_bits, recipe={"scale_per": scale_per}, dim=128, ffn_dim=128)
     tokens = torch.arange(20)[None]
     assert not torch.equal(plain(tokens), model(tokens))
 

@@ -16,6 +16,10 @@ from bitnet.training.lit import LitBitNet
 from ..conftest import tiny_options
 from ..runs import STREAM, WINDOW, WORKERS, run_digest, run_python
 
+BLENDED = (  # as the presets do; stops before, in and behind the blend, and in the decay with 4-bit activations
+    *("--model.optim.kind=muon", "--model.schedule.kind=wsd", "--model.recipe.quantize_from=0.1"),
+    *("--model.recipe.quantizer_warmup=0.4", "--model.recipe.act4_from=0.6"),
+)
 EPOCHS = ("--trainer.max_epochs=9",)  # Lightning asks for the length of the data before it restores a place in it
 
 
@@ -25,6 +29,7 @@ EPOCHS = ("--trainer.max_epochs=9",)  # Lightning asks for the length of the dat
         pytest.param((), id="rows"),
         pytest.param(STREAM, id="stream"),
         pytest.param(EPOCHS, id="epochs"),
+        pytest.param(BLENDED, id="blended"),
         pytest.param((*STREAM, *WINDOW, *WORKERS), id="both-workers"),
         pytest.param(WINDOW, id="window", marks=pytest.mark.slow),
         pytest.param((*STREAM, *WINDOW), id="both", marks=pytest.mark.slow),

@@ -27,6 +27,7 @@ def opened_model(
     weight: str = "ternary",
     act_bits: int | str = 8,
     scale_per: str | int = "matrix",
+    scale: str = "absmean",
     split: str | None = None,
     **sizes: object,
 ) -> Opened:
@@ -40,7 +41,7 @@ def opened_model(
     fields = {"dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256, "max_seq_len": 128}
     config = ModelConfig(vocab_size=300, **{"init_std": 0.1, **fields, **sizes})
     model = Transformer(config)
-    recipe = BitNet(weight=weight, act_bits=act_bits, scale_per=scale_per)
+    recipe = BitNet(weight=weight, act_bits=act_bits, scale_per=scale_per, scale=scale)
     recipe.prepare(model)
     return Opened(
         model=model.requires_grad_(False).eval(),

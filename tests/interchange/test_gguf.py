@@ -94,7 +94,7 @@ def test_float_file_has_the_same_graph(graph, tmp_path) -> None:
     opened = opened_model(**graph)
     report = check_gguf(opened, written(opened, tmp_path / "m.gguf", "f32"), bound_of_gguf("f32"), 40)
     assert report.bound is SAME_GRAPH
-    assert report.problems == []
+    assert report.comparison is not None and report.problems == []
 
 
 @pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0", "f16"])
@@ -102,7 +102,7 @@ def test_types_of_a_trained_model_meet_their_bounds(kind, trained_model, tmp_pat
     bound = bound_of_gguf(kind)
     assert bound is (HALF if kind == "f16" else BLOCK_ACTIVATIONS)
     report = check_gguf(trained_model, written(trained_model, tmp_path / "m.gguf", kind), bound, 64)
-    assert report.problems == []
+    assert report.comparison is not None and report.problems == []
 
 
 @pytest.mark.parametrize("weight", ["ternary", "binary"])
@@ -253,7 +253,7 @@ def test_relu2_in_ik_llama_cpp(kind, tmp_path) -> None:
     pytest.importorskip("ik_llama_cpp")
     opened = opened_model(activation="relu2", dim=512, ffn_dim=512, n_heads=8, init_std=0.02)
     report = check_gguf_in_ik(opened, written(opened, tmp_path / "m.gguf", kind), kind, 100)
-    assert report.problems == []
+    assert report.comparison is not None and report.problems == []
 
 
 def test_i2_s_is_read_as_the_float_file_is(tmp_path) -> None:

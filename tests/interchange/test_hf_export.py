@@ -81,6 +81,15 @@ def test_packed_logits_are_equal(graph, weight, tmp_path) -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("scale", ["absmedian", "rms", "twn"])
+def test_other_scales_are_equal_too(scale, tmp_path) -> None:
+    opened = opened_model(scale=scale)
+    ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours = opened.model(ids)
+    assert torch.equal(ours, their_logits(written(opened, tmp_path / "hf"), ids))
+
+
 def test_a_packed_model_exports_the_same_file(trained, trained_model, tmp_path) -> None:
     one = written(trained_model, tmp_path / "one")
     again = Opened(model=pack(trained_model.model), tokenizer=trained_model.tokenizer)

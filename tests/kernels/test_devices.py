@@ -29,19 +29,21 @@ def test_the_device_of_the_first_argument_is_current(given: object, monkeypatch:
     assert seen == [given[0] if isinstance(given, list) else given, 3] and current == []
 
 
+def decorated(module: Path) -> dict[str, bool]:
+    """Functions of a module, inner ones too -> whether they are decorated."""
+    functions = [node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.FunctionDef)]
+    return {f.name: any(getattr(d, "id", "") == "on_its_device" for d in f.decorator_list) for f in functions}
+
+
 def launching(module: Path) -> set[str]:
-    """Functions of a module that launch a kernel, or call one in it that does and is not decorated itself."""
+    """Functions of a module that launch a kernel, and are not decorated themselves."""
     functions = {f.name: f for f in ast.parse(module.read_text()).body if isinstance(f, ast.FunctionDef)}
     launches = {
         name
         for name, function in functions.items()
         if any(isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript) for n in ast.walk(function))
     }
-    return {
-        name
-        for name in launches
-        if not any(getattr(d, "id", "") == "on_its_device" for d in functions[name].decorator_list)
-    }
+    return {name for name in launches if not decorated(module)[name]}
 
 
 def test_whoever_launches_is_called_with_the_device_set() -> None:
@@ -51,3 +53,5 @@ def test_whoever_launches_is_called_with_the_device_set() -> None:
     assert {"triton_matmul", "triton_int8"} <= bare.keys()
     assert bare.keys() <= behind_operators | {"triton_norm"}
     assert bare["triton_norm"] <= {"_launch", "rms_norm_backward"}
+    operators = decorated(FOLDER / "ops.py") | decorated(FOLDER / "training_ops.py")
+    assert all(operators[name] for name in ("_packed_matmul_cuda", "_rms_norm_quantize_cuda", "on_cuda"))

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet import BitNet, ModelConfig, Transformer
 from bitnet.config import OptimConfig
-from bitnet.layers import low_bit_layers
+from bitnet.layers import Arithmetic, low_bit_layers
 from bitnet.layers.sharding import local_part
 from bitnet.loss import next_token_loss
 from bitnet.training.optim import build_optimizer
@@ -36,8 +36,11 @@ def new_model(kind: str, ffn: int) -> Transformer:
     if kind == "grouped":
         BitNet(weight="binary", scale="rms", scale_per=32, learned_scale=True, mask_beyond=2.0).prepare(model)
         return model
-    weight = "ternary" if kind in ("blended", "muon") else kind
+    weight = kind if kind in ("binary", "none") else "ternary"
     BitNet(weight=weight, act_bits=8 if kind != "none" else "none").prepare(model)
+    model.loss_chunk, model.recomputes_blocks = (50 if kind == "chunked" else None), kind == "recomputed"
+    for layer in low_bit_layers(model).values() if kind == "int16" else ():
+        layer.arithmetic = Arithmetic(input_gradient="int16", weight_gradient="int16")
     for layer in low_bit_layers(model).values() if kind == "blended" else ():
         layer.warmup = 0.5
     return model

@@ -1,6 +1,7 @@
 """A run of two processes goes on with one, two or four, from one file or from a folder of parts, with the same rows."""
 
 import errno
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -78,6 +79,21 @@ def test_two_processes_go_on_as_one_and_as_four(stories, tmp_path, whole, sharde
         assert bitnet(["evaluate", str(half), "--data.path", str(stories), "--limit", "2"]) == 0
         assert "bits per byte" in capsys.readouterr().out
         refuses_an_index_that_runs_code(file)
+
+
+def test_two_processes_that_share_every_matrix_go_on_as_one(stories, tmp_path, whole) -> None:
+    """Tensor parallelism by the trainer: both read the same rows; with metrics, validation and checkpoints."""
+    folder = tmp_path / "run"
+    cut = ["--trainer.strategy.tensor_parallel=2", "--data.batch_size=8"]
+    said = train([*options(stories, folder, 2, sharded=True), *cut, *STOP], code=7)
+    assert "step 4/8" in said or read_checkpoint(folder)["global_step"] == 4
+    train([*options(stories, folder, 1, sharded=True), "--ckpt_path=last"])
+    content = read_checkpoint(folder)
+    assert content["global_step"] == 8
+    for name, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(content["state_dict"][name], tensor, rtol=1e-3, atol=2e-4)
+    figures = json.loads((folder / "summary.json").read_text())["figures"]
+    assert 0 < figures["quant/flip_rate"] < 0.2 and figures["val/loss"] < 6
 
 
 def test_a_full_disk_is_one_line(stories, tmp_path, capsys, monkeypatch) -> None:

@@ -34,6 +34,10 @@ TWO = (
     "blended:tp:-:64",
     "muon:fsdp:levels:64",
     "muon:tp:-:64",
+    "int16:fsdp:levels:64",
+    "int16:fsdp:latent:64",
+    "chunked:fsdp:levels:64",
+    "recomputed:fsdp:levels:64",
 )
 FOUR = (
     "ternary:ddp:-:64",
@@ -147,7 +151,8 @@ def test_curves_stay_within_the_spread_of_reordered_sums(found, kind) -> None:
 
 
 @pytest.mark.parametrize(
-    "processes,kind,layout,ffn", [(2, "ternary", "fsdp", 64), (4, "ternary", "fsdp", 70), (4, "ternary", "tp2", 64)]
+    "processes,kind,layout,ffn",
+    [(2, "ternary", "fsdp", 64), (2, "int16", "fsdp", 64), (4, "ternary", "fsdp", 70), (4, "ternary", "tp2", 64)],
 )
 def test_packed_gather_changes_no_bit(found, processes, kind, layout, ffn) -> None:
     levels, latent = (found[processes, f"{kind}:{layout}:{gather}:{ffn}"] for gather in ("levels", "latent"))
@@ -155,6 +160,12 @@ def test_packed_gather_changes_no_bit(found, processes, kind, layout, ffn) -> No
     assert all(torch.equal(levels["weights"][name], w) for name, w in latent["weights"].items())
     # w1 and w3 of 70 rows cannot be shared out evenly by four: those are gathered as they are.
     assert (levels["packed"], latent["packed"]) == (10 if ffn == 70 else 14, 0)
+
+
+def test_recomputed_blocks_change_no_bit(found) -> None:
+    kept, again = (found[2, f"{kind}:fsdp:levels:64"] for kind in ("ternary", "recomputed"))
+    assert kept["losses"] == again["losses"]
+    assert all(torch.equal(again["weights"][name], w) for name, w in kept["weights"].items())
 
 
 @pytest.mark.parametrize("processes,mode", [case for case in CASES if case[1].startswith("muon")])
@@ -199,6 +210,8 @@ def test_what_cannot_be_cut_is_refused() -> None:
     LitBitNet(model.config, BitNet(act4_from=0.9)).check_strategy(strategy)
     with pytest.raises(UserError, match=r"keep_8bit = \['w2'\]"):
         LitBitNet(model.config, BitNet(act4_from=0.9, keep_8bit=("w2",))).check_strategy(strategy)
+    with pytest.raises(UserError, match=r"model.loss_chunk: tensor parallelism cuts the output head"):
+        LitBitNet(model.config, BitNet(), loss_chunk=50).check_strategy(strategy)
     with pytest.raises(UserError, match="QAT: tensor parallelism is for recipes that train from scratch"):
         LitBitNet(model.config, QAT(group_size=16)).check_strategy(strategy)
     sharded = FullySharded()
