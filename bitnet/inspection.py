@@ -76,11 +76,13 @@ def _training_memory(parsed: "ParsedConfig", bf16: bool) -> TrainingMemory:
 
 
 def _parsed(name: str, overrides: list[str]) -> "ParsedConfig":
-    """The config. Raises ``UserError`` for one that takes its sizes from a model, and its cost with them."""
+    """The config. Raises ``UserError`` for one whose sizes, or bits of a weight, only another model tells."""
+    from bitnet.recipes import PostTraining
     from bitnet.training.cli import parse_config  # Lightning takes seconds to import
 
     parsed = parse_config(["--config", name, *overrides])
-    if parsed.recipe.needs_parent:
+    unsaid = all(getattr(parsed.model, size) == getattr(ModelConfig, size) for size in ("dim", "n_layers", "ffn_dim"))
+    if isinstance(parsed.recipe, PostTraining) or (parsed.recipe.needs_parent and unsaid):
         kind = type(parsed.recipe).__name__
         raise UserError(
             f"{name}: {kind} takes its sizes from model.init_from; inspect that, or the run that comes of it."

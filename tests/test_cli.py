@@ -54,6 +54,8 @@ def test_missing_data(capsys, tmp_path) -> None:
         (["inspect", "tiny", "--devices", "8", "--verify"], "--verify checks the digests of a packed model"),
         (["inspect", "tiny", "--gpu", "a100"], "--gpu goes with --devices"),
         (["inspect", "posttrain/qat"], "QAT takes its sizes from model.init_from; inspect that"),
+        (["inspect", "posttrain/qat", "--model.config.dim=96"], "QAT takes its sizes from model.init_from"),
+        (["inspect", "posttrain/distilled"], "Distilled takes its sizes from model.init_from"),
         (["bench", "kernels", "--json", "."], "--json .: is a folder"),
         (["bench", "train", "--config", "tiny", "--rows", "0"], "--rows 0: must be at least 1"),
         (["inspect", "tiny", "--model.config.dimm", "3"], "Did you mean 'model.config.dim'?"),
@@ -252,6 +254,8 @@ def test_inspect_config_and_run(finished_run, capsys) -> None:
     assert bitnet(["inspect", "tiny"]) == 0
     out = capsys.readouterr().out
     assert "3,151,104" in out and "export hf" in out
+    assert bitnet(["inspect", "posttrain/distilled", "--model.config.dim=96"]) == 0  # says its sizes
+    capsys.readouterr()
     assert bitnet(["inspect", str(finished_run)]) == 0
     out = capsys.readouterr().out
     row = next(line.split() for line in out.splitlines() if line.startswith("layers.0.attention.wq"))

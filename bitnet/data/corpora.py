@@ -157,11 +157,8 @@ def _parquet_rows(path: Path, key: str) -> Iterator[str]:
         for record in table:
             if key not in record:
                 raise UserError(f"{path}: has no column '{key}' (it has: {', '.join(record)}); set data.text_key.")
-            if record[key] is not None and not isinstance(record[key], str):
-                kind = type(record[key]).__name__
-                raise UserError(f"{path}: column '{key}' holds no text but {kind}; set data.text_key.")
-            if record[key]:
-                yield record[key]
+            if text := text_of(record, key, str(path)):
+                yield text
     except UserError:
         raise
     except Exception as error:

@@ -254,9 +254,7 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_model_path = self.kth_best_model_path = str(file)
             self.best_k_models = {str(file): self.kth_value}
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: LitBitNet) -> None:  # type: ignore[override]
-        if trainer.state.fn == "fit" and not pl_module.steps_now:  # inside a window of accumulation, from epoch 2 on
-            return
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != "validate":
             return

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bitnet.errors import UserError
+from bitnet.layers.fake_quantized_linear import State
 
 Plain = dict[str, Any]
 
@@ -56,8 +57,9 @@ def flat(config: Any, prefix: str = "") -> Plain:
     }
 
 
-def changes(old: dict[str, Plain], new: dict[str, Plain]) -> list[str]:
-    """A line for each setting that was another one; ``old`` and ``new`` are of ``record_of``.
+def changes(old: dict[str, Plain], new: dict[str, Plain], integers: State | None) -> list[str]:
+    """A line for each setting that was another one; ``old`` and ``new`` are of ``record_of``, ``integers`` is the state
+    of the layers of a post-training recipe.
 
     Raises ``UserError`` where the run cannot go on with it.
     """
@@ -67,10 +69,10 @@ def changes(old: dict[str, Plain], new: dict[str, Plain]) -> list[str]:
         # What one of two versions does not know has its default there.
         if name not in before or name not in now or before[name] == now[name]:
             continue
-        if name in DECIDES_THE_MODEL:
+        if name in DECIDES_THE_MODEL and not (integers == "latent" and name.endswith(".bits")):  # a grid of each step
+            start = "from its weights with model.init_from" if integers is None else "from the float model"
             raise UserError(
-                f"--ckpt_path: {name} = {now[name]}, but the run has {before[name]}; "
-                "begin a new run from its weights with model.init_from."
+                f"--ckpt_path: {name} = {now[name]}, but the run has {before[name]}; begin a new run {start}."
             )
         if not name.startswith(WITHOUT_EFFECT):
             shown = [str(value[name])[:24] if name == "data" else value[name] for value in (now, before)]

@@ -20,6 +20,7 @@ from bitnet.checkpoint import build, check_fits, find_checkpoint, is_float, read
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.progress import PreparationProgress
+from bitnet.recipes import PostTraining
 from bitnet.recipes.distillation import Taught
 from bitnet.training.atomic import (
     LAST,
@@ -124,6 +125,10 @@ class FitCLI(LightningCLI):
         self.model.record = record_of(self._plain_config(), self.datamodule.summary()["sha256"])
         if parent and isinstance(self.model.recipe, Taught):
             self.model.record["settings"]["teacher"] = weights_digest(parent["state_dict"])[:12]
+        if old and old["bitnet"].get("inside_window"):
+            warn(
+                f"--ckpt_path {self.ckpt_path} was saved inside a window of accumulation; its batches do not come again"
+            )
         if old:
             self._check_record(old["bitnet"].get("record"), old.get("global_step", 0))
             for saved in old.get("optimizer_states", []):
@@ -161,7 +166,8 @@ class FitCLI(LightningCLI):
         """Name every setting that is not what it was when the checkpoint of ``step`` was saved."""
         if not old:  # older checkpoints say nothing
             return
-        lines = changes(old, self.model.record)
+        recipe = self.model.recipe
+        lines = changes(old, self.model.record, recipe.state() if isinstance(recipe, PostTraining) else None)
         before, now = (
             self.model.recipe.blend(step, total)
             if (total := record["settings"].get("trainer.max_steps", -1)) > 0

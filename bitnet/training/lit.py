@@ -14,6 +14,7 @@ from bitnet import checkpoint
 from bitnet.config import ModelConfig, OptimConfig, ScheduleConfig
 from bitnet.data.calibration import spaced_batches
 from bitnet.data.datamodule import TokenDataModule
+from bitnet.data.loader import row_count
 from bitnet.errors import UserError
 from bitnet.layers import Arithmetic, low_bit_layers
 from bitnet.layers.levels_together import hold_levels, release_levels
@@ -88,9 +89,11 @@ class LitBitNet(L.LightningModule):
         self.model: Transformer | None = None
         self.grad_norm = torch.tensor(torch.nan)
         """Norm of the gradient of the last optimizer step, all parameters together, before clipping."""
-        self.steps_now = False
-        """Whether the batch in hand ends a window of gradient accumulation. Inside of one no checkpoint may be saved:
-        its batches would count as done, and their gradients be lost."""
+        self.steps_now = True
+        """Whether the batch in hand ends a window of gradient accumulation. Inside of one, ``last.ckpt`` is not saved:
+        its batches would count as done, and their gradients be lost. True before the first batch."""
+        self._ends = False
+        """Whether somebody, such as ``trainer.max_time``, asked the run to end: it does behind the next step."""
         self.broken_gradients: list[str] = []
         """Parameters whose gradient was not finite in a step that was therefore not taken."""
         self._validation = Score()
@@ -232,7 +235,9 @@ class LitBitNet(L.LightningModule):
             return []
         data = self.data
         store = data.tokens
-        shares = data.weights or [store.totals(f"train-{i}").tokens for i in range(store.sources)]
+        shares: list[float] = [row_count(store.totals(f"train-{i}").tokens, data.seq_len) for i in range(store.sources)]
+        if data.weights and not data.streaming:  # a stream has one sample of all
+            shares = data.weights
         ends = np.rint(np.cumsum(shares) / sum(shares) * self.calibration_rows).astype(int)
         rows = np.diff(ends, prepend=0).tolist()
         found = [spaced_batches(store.ids(f"train-{i}"), n, data.seq_len, n)[0] for i, n in enumerate(rows) if n]
@@ -310,8 +315,8 @@ class LitBitNet(L.LightningModule):
         return self.recipe.loss(self.transformer, batch)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        if not self.steps_now:  # trainer.max_time asks again behind each batch
-            self.trainer.should_stop = False
+        self._ends |= self.trainer.should_stop
+        self.trainer.should_stop = self._ends and self.steps_now
         if self.global_step >= self.total_steps:
             self.trainer.should_stop = True  # the run ends here anyway; this makes Lightning validate once more
 
@@ -348,6 +353,7 @@ class LitBitNet(L.LightningModule):
         )
         content["bitnet"]["data"] = self.data.summary()
         content["bitnet"]["record"] = self.record
+        content["bitnet"]["inside_window"] = not self.steps_now
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         if "bitnet" not in content:

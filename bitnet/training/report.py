@@ -170,14 +170,14 @@ class RunReport(Callback):
         if trainer.world_size == 1:
             plot_quantized(pl_module.transformer, folder / "weights.png")
         # Batches of questions without answers have no loss, and JSON no NaN.
-        found = {tag: [round(v, 6) for _, v in curve if math.isfinite(v)] for tag, curve in curves.items()}
+        found = {tag: [v for _, v in curve] for tag, curve in curves.items()}
         summary = {
             "steps": trainer.global_step,
             "seconds": round(self._before + self._seconds(), 1),
             "parameters": count_parameters(pl_module.config).total,
-            "figures": {tag: values[-1] for tag, values in found.items() if values},
+            "figures": {tag: round(v[-1], 6) for tag, v in found.items() if v and math.isfinite(v[-1])},
             "mean_flip_rate": round(float(np.mean([v for _, v in curves.get("quant/flip_rate", [(0, 0.0)])])), 8),
-            "best_val_bpb": min(found.get("val/bpb", []), default=None),
+            "best_val_bpb": min((round(v, 6) for v in found.get("val/bpb", []) if math.isfinite(v)), default=None),
             "data": pl_module.data.summary(),
             "preparation": pl_module.preparation,
             "torch": torch.__version__,

@@ -95,6 +95,7 @@ def find_run(root: Path, ckpt_path: str) -> tuple[Path, Path]:
             return file, _newest_whole(found)
         if not (file.is_file() or is_sharded(file)):
             raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
+        file = file if file.parent.name else file.absolute()
         if file.parent.name == "checkpoints":
             return file.parent.parent, file
         # A checkpoint by itself is of no run here: what lies at ``root`` is another one.

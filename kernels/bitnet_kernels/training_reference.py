@@ -12,8 +12,8 @@ from torch import Tensor
 from bitnet_kernels.reference import ABSMAX_FLOOR, int_mm
 
 MAX_INT8_K = (2**31 - 1) // (127 * 128)
-"""Most terms of an int8 x int8 sum that ends inside int32, where one of the factors is never -128 (132,104): no
-quantizer here makes one."""
+"""Most terms of an int8 x int8 sum that ends inside int32, where one of the factors is never -128 (132,104):
+activations and levels never are, low digits of gradients may be."""
 
 
 @functools.cache

@@ -236,11 +236,17 @@ def test_synthesized_text_trains_without_the_data(
     assert "length = 0: must be between 2" in named
 
 
-@pytest.mark.parametrize("weights,from_first", [(None, 6), ("[0,1]", 0), ("[1,3]", 2)])
+STREAM = ["--data.streaming=true", "--data.stream_val_bytes=600"]
+
+
+@pytest.mark.parametrize(
+    "options,from_first",
+    [([], 6), (["--data.weights=[0,1]"], 0), (["--data.weights=[1,3]"], 2), (["--data.weights=[1,0]", *STREAM], 8)],
+)
 def test_calibration_is_of_every_source_by_its_share(
-    float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str | None, from_first: int
+    float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], from_first: int
 ) -> None:
-    """Of three times as many letters as digits, a token each; or as data.weights says."""
+    """Three times as many of one token as of another, or as data.weights says; a third source has no whole row."""
     (tmp_path / "first.txt").write_text("\n<|endoftext|>\n".join(["~" * 500] * 30))
     (tmp_path / "second.txt").write_text("\n<|endoftext|>\n".join(["%" * 500] * 10))
     seen: list[torch.Tensor] = []
@@ -252,9 +258,12 @@ def test_calibration_is_of_every_source_by_its_share(
     monkeypatch.setattr(EfficientQAT, "train_blocks", look)
     command = ["fit", "--config", "posttrain/efficient_qat", f"--model.init_from={float_run}"]
     command += [f'--data.path=["{tmp_path}/first.txt","{tmp_path}/second.txt"]', "--trainer.max_steps=1"]
+    if not options:
+        (tmp_path / "third.txt").write_text("short\n<|endoftext|>\nvery")
+        command[-2] = command[-2].replace("]", f',"{tmp_path}/third.txt"]')
     command += ["--data.seq_len=32", "--data.batch_size=3", "--model.calibration_rows=8", "--trainer.accelerator=cpu"]
     command += [f"--trainer.default_root_dir={tmp_path / 'r'}", "--data.val_fraction=0.1"]
-    assert fit([*command, *([] if weights is None else [f"--data.weights={weights}"])]) == 2
+    assert fit([*command, *options]) == 2
     assert [len(batch) for batch in seen] == [3, 3, 2]
     tokenizer = load_checkpoint(float_run)[1]
     assert sum("~" in tokenizer.decode(row.tolist()) for row in torch.cat(seen)) == from_first

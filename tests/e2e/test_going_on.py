@@ -9,7 +9,6 @@ from lightning import Trainer
 
 from bitnet.checkpoint import read_checkpoint
 from bitnet.training.cli import main as fit
-from bitnet.training.lit import LitBitNet
 
 from ..conftest import tiny_options
 from ..runs import WINDOW, run_digest
@@ -68,24 +67,38 @@ def test_a_run_whose_time_is_up_ends_with_a_step(texts, tmp_path, run_fit) -> No
     assert run_digest(tmp_path / "parts") == run_digest(tmp_path / "whole")
 
 
-def test_validation_inside_a_window_saves_nothing(texts, tmp_path, run_fit, monkeypatch) -> None:
+def test_a_best_model_of_a_validation_inside_a_window_says_so(texts, tmp_path, run_fit, monkeypatch, capsys) -> None:
     """Windows begin with each epoch, the interval counts on: from the second epoch on, the two do not meet."""
-    saved, validated = [], []
-    save, validate = Trainer.save_checkpoint, LitBitNet.on_validation_epoch_end
+    folder, save = tmp_path / "run" / "checkpoints", Trainer.save_checkpoint
 
-    def watched_save(self: Any, *args: Any, **options: Any) -> None:
-        saved.append(self.lightning_module.steps_now)
-        save(self, *args, **options)
+    def watched(self: Any, path: Any, *args: Any, **options: Any) -> None:
+        save(self, path, *args, **options)
+        shutil.copyfile(path, folder / f"step{self.global_step}-{Path(path).name}")
 
-    def watched_validation(self: Any) -> None:
-        validated.append(self.steps_now)
-        validate(self)
+    monkeypatch.setattr(Trainer, "save_checkpoint", watched)
+    options = ("--trainer.limit_train_batches=4", "--trainer.val_check_interval=3", *WINDOW)
+    run_fit(texts, tmp_path / "run", *options, "--trainer.max_steps=3")
+    for name, warned in (("step1-best", False), ("step2-best", True), ("step2-last", False)):
+        assert read_checkpoint(folder / f"{name}.ckpt")["bitnet"]["inside_window"] == warned
+        capsys.readouterr()
+        run_fit(texts, tmp_path / "run", *options, "--trainer.max_steps=3", f"--ckpt_path={folder / name}.ckpt")
+        assert ("was saved inside a window of accumulation" in capsys.readouterr().err) == warned
 
-    monkeypatch.setattr(Trainer, "save_checkpoint", watched_save)
-    monkeypatch.setattr(LitBitNet, "on_validation_epoch_end", watched_validation)
-    options = ("--trainer.max_steps=6", "--trainer.limit_train_batches=4", "--trainer.val_check_interval=3", *WINDOW)
-    run_fit(texts, tmp_path / "run", *options)
-    assert False in validated and len(saved) > 6 and all(saved)
+
+def test_a_checkpoint_named_from_within_its_folder_is_of_that_run(stories, tmp_path, run_fit, monkeypatch) -> None:
+    run_fit(stories, tmp_path / "run", "--trainer.max_steps=1")
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    run_fit(stories, tmp_path / "run", "--trainer.max_steps=2", "--ckpt_path=last.ckpt")
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 2
+    assert [folder.name for folder in tmp_path.iterdir()] == ["run"]
+
+
+def test_bits_of_a_grid_of_each_step_may_change(float_run, stories, tmp_path, capsys) -> None:
+    options = post_training("llm_qat", float_run, stories, tmp_path / "run")
+    assert fit([*options, "--trainer.max_steps=1"]) == 0
+    fewer = "--model.recipe.init_args.bits=3"
+    assert fit([*options, "--trainer.max_steps=2", fewer, "--ckpt_path=last"]) == 0
+    assert "bits = 3, but 4 when the checkpoint was saved" in capsys.readouterr().err
 
 
 def test_another_teacher_is_named(float_run, stories, tmp_path, run_fit, capsys) -> None:
@@ -117,7 +130,9 @@ def test_another_grid_is_another_model(float_run, stories, tmp_path, capsys, nam
     capsys.readouterr()
     assert fit([*options, f"--model.recipe.init_args.{option}", "--ckpt_path=last"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert option.replace("true", "True").replace("=", " = ") in error and "begin a new run" in error
+    assert (
+        option.replace("true", "True").replace("=", " = ") in error and "begin a new run from the float model" in error
+    )
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 

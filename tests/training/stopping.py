@@ -21,10 +21,10 @@ class StopBeforeValidation(Callback):
 
 
 class TimeIsUp(Callback):
-    """From a batch on, as ``trainer.max_time`` does: whether or not a step ends there."""
+    """Asks for the end behind a batch, once: whether or not a step ends there."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        trainer.should_stop = trainer.should_stop or batch_idx >= self.batch
+        trainer.should_stop = trainer.should_stop or batch_idx == self.batch
