@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.data.corpora import Reading
-from bitnet.data.streaming import StreamLoader, open_stream
+from bitnet.data.streaming import StreamLoader, open_streams
 from bitnet.data.tokenizer import load_tokenizer
 
 BLOCK, BLOCKS, ROWS, SEQ_LEN = 64, 5, 16, 256
@@ -21,7 +21,7 @@ BLOCK, BLOCKS, ROWS, SEQ_LEN = 64, 5, 16, 256
 def measure(text: str, tokenizer: Any, step_s: float, workers: int) -> dict[str, float]:
     """Share of the time spent in waiting, and tokens per second, over ``BLOCKS`` blocks."""
     loader = StreamLoader(
-        open_stream([text], None, Reading(), 0),
+        open_streams([text], Reading())[0],
         tokenizer,
         0,
         SEQ_LEN,

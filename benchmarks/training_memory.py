@@ -56,14 +56,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
 """Arguments of ``training_memory`` by the name of a switch."""
 
 
-def resident() -> int:
-    """Peak resident bytes of this process so far, as Linux reports it (getrusage would inherit the parent's)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
-
-
 def measure(shape: dict[str, int], weight: str, switch: str = "plain") -> dict[str, float]:
     """Train three steps of this shape here; bytes measured and estimated."""
     import torch
@@ -72,6 +64,7 @@ def measure(shape: dict[str, int], weight: str, switch: str = "plain") -> dict[s
     from bitnet.estimate import training_memory
     from bitnet.layers import low_bit_layers
     from bitnet.loss import next_token_loss
+    from bitnet.memory import peak_bytes
     from bitnet.training.optim import build_optimizer
 
     torch.set_num_threads(1)
@@ -98,9 +91,9 @@ def measure(shape: dict[str, int], weight: str, switch: str = "plain") -> dict[s
 
     # The pages of libraries that a first step touches are not what the model takes.
     train(ModelConfig(vocab_size=64, dim=32, n_layers=1, n_heads=2, ffn_dim=64, max_seq_len=32), rows=2, steps=2)
-    before = resident()
+    before = peak_bytes()
     train(config, rows, steps=3)
-    after = resident()
+    after = peak_bytes()
     estimate = training_memory(
         config, weight=weight, act_bits=act_bits, rows=rows, seq_len=seq_len, bf16=False, **options
     )

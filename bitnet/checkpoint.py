@@ -79,16 +79,16 @@ def write_run(
     (folder / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
-def find_checkpoint(path: str | Path, which: str = "last") -> Path:
-    """The .ckpt file (or sharded folder) meant by ``path``: itself, or ``checkpoints/<which>.ckpt`` of a run folder."""
+def find_checkpoint(path: str | Path) -> Path:
+    """The .ckpt file (or sharded folder) meant by ``path``: itself, or ``checkpoints/last.ckpt`` of a run folder."""
     path = Path(path)
     if path.is_file() or is_sharded(path):
         return path
     if not path.exists():
         raise UserError(f"{path}: no such run folder or checkpoint.")
-    file = path / "checkpoints" / f"{which}.ckpt"
+    file = path / "checkpoints" / "last.ckpt"
     if not (file.is_file() or is_sharded(file)):
-        raise UserError(f"{path}: holds no checkpoints/{which}.ckpt; is it the folder of a run that has saved?")
+        raise UserError(f"{path}: holds no checkpoints/last.ckpt; is it the folder of a run that has saved?")
     return file
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from bitnet.checkpoint import find_checkpoint, load_checkpoint, read_checkpoint
+from bitnet.checkpoint import find_checkpoint, model_of, read_checkpoint
 from bitnet.config import ModelConfig
 from bitnet.errors import UserError
 from bitnet.estimate import (
@@ -194,7 +194,7 @@ def _scaling_table(title: str, found: list[tuple[str, Estimate]]) -> Table:
 def inspect_run(path: Path) -> None:
     """Print config and quantized weights of a checkpoint, matrix by matrix."""
     content = read_checkpoint(path)
-    model, _ = load_checkpoint(path)
+    model, _ = model_of(content, path)
     recipe = dict(content["bitnet"]["recipe"])
     counts = count_parameters(model.config)
     weight = recipe.get("weight", "none")

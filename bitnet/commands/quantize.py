@@ -84,9 +84,9 @@ def _calibration(args: argparse.Namespace, opened: Opened, recipe: PostTraining)
 def quantize(args: argparse.Namespace) -> None:
     """Put a float model on an integer grid, with or without calibration text; options of a recipe are its fields."""
     from bitnet.checkpoint import describe, is_float, recipe_options, weights_digest, write_run
-    from bitnet.inference.bench import peak_mb
     from bitnet.interchange.exporting import named_when_proven
     from bitnet.interchange.opened import open_model
+    from bitnet.memory import peak_bytes
     from bitnet.progress import PreparationProgress
 
     out = new_path("--out", args.out)
@@ -109,7 +109,7 @@ def quantize(args: argparse.Namespace) -> None:
         "parent": str(args.path),
         "parent_sha256": parent,
         "seconds": round(seconds, 1),
-        "peak_memory_mb": round(peak_mb()),
+        "peak_memory_mb": round(peak_bytes() / 2**20),
         **({"calibration": args.calibration, "calibration_tokens": sum(b.numel() for b in batches)} if batches else {}),
         **recipe.found,
     }

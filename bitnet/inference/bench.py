@@ -7,7 +7,6 @@ import dataclasses
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from bitnet.inference.header import read_header
 from bitnet.inference.packed_linear import HeadDtype, LayerForm, PackedLinear
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import packed_skeleton
+from bitnet.memory import peak_bytes
 from bitnet.model import Transformer, without_memory
 from bitnet.progress import TableConsole
 from bitnet.quantizers import WEIGHT_QUANTIZERS
@@ -70,18 +70,6 @@ def random_packed(config: ModelConfig, weight: str, head: HeadDtype) -> PackedTr
             tensor.fill_(1.0)
     assert all(isinstance(m, PackedLinear) for n, m in model.named_modules() if n.endswith(("wq", "w2")))
     return model.join_blocks()
-
-
-def peak_mb() -> float:
-    """Largest resident set of this process so far."""
-    try:  # the kernel's own mark begins with the program; getrusage inherits that of the parent
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        import resource
-
-        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _next_token(logits: Tensor) -> Tensor:
@@ -141,10 +129,10 @@ def serving_speed(
 
     To be called in a fresh process: memory is that of the whole process.
     """
-    idle = peak_mb()
+    idle = peak_bytes() / 2**20
     torch.set_num_threads(threads)
     model = load()
-    loaded = peak_mb()
+    loaded = peak_bytes() / 2**20
     model = model.to(device)
     ids = torch.randint(
         model.config.vocab_size, (1, max(prompt, depth + 1)), generator=torch.Generator().manual_seed(0)
@@ -156,7 +144,7 @@ def serving_speed(
     return {
         "decode_tokens_per_s": statistics.median(decodes[-REPEATS:]),
         "prefill_tokens_per_s": statistics.median(prefills[-REPEATS:]),
-        "peak_rss_mb": peak_mb(),
+        "peak_rss_mb": peak_bytes() / 2**20,
         "rss_after_load_mb": loaded,
         "rss_after_import_mb": idle,
     }

@@ -30,14 +30,10 @@ class ActivationScheme:
     """Whose largest magnitude decides: a token's, the whole call's, or that of a calibration."""
     momentum: float = 0.01
     """Weight of a batch in the moving average of a static range."""
-    percentile: float = 1.0
-    """Quantile of a batch's magnitudes that counts as its largest; below 1 cuts outliers off."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise UserError(f"activation_bits = {self.bits}: must be between 2 and 8.")
-        if not 0.0 < self.percentile <= 1.0:
-            raise UserError(f"percentile = {self.percentile}: must be above 0 and at most 1.")
         if not 0.0 < self.momentum <= 1.0:
             raise UserError(f"momentum = {self.momentum}: must be above 0 and at most 1.")
 
@@ -50,17 +46,6 @@ def filled(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.floa
     """A tensor full of ``value``; on the meta device only a shape, since filling one there imports 150 MB of torch."""
     made = torch.empty(shape, dtype=dtype)
     return made if made.is_meta else made.fill_(value)
-
-
-def observed_range(x: Tensor, percentile: float = 1.0) -> Tensor:
-    """Smallest and largest value of ``x``, (2,), or what lies inside the quantile ``percentile`` of its magnitudes."""
-    low, high = torch.aminmax(x.detach().float())
-    if percentile < 1.0:
-        magnitudes = x.detach().float().abs().flatten()
-        rank = max(1, round(percentile * magnitudes.numel()))
-        limit = magnitudes.kthvalue(rank).values
-        low, high = low.clamp(min=-limit), high.clamp(max=limit)
-    return torch.stack((low, high))
 
 
 class ActivationQuantizer(nn.Module):
@@ -89,7 +74,7 @@ class ActivationQuantizer(nn.Module):
             return
         if is_recomputing():  # the limits hold this batch already
             return
-        seen = observed_range(x, self.scheme.percentile)
+        seen = torch.stack(torch.aminmax(x.detach().float()))
         if self.observing == "average":
             new = self.limits.lerp(seen, self.scheme.momentum)
         else:

@@ -1,6 +1,5 @@
 """How fast a run is, what it uses of the machine, and where the time goes that it does not use."""
 
-import sys
 import time
 import warnings
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from bitnet.estimate import flops_per_token
+from bitnet.memory import peak_bytes
 from bitnet.scaling import GPUS
 from bitnet.training.strategies import data_parallel_size
 
@@ -31,10 +31,7 @@ def memory_gb(device: torch.device) -> float:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peak_bytes() / 1e9
 
 
 def seconds_waited(trainer: L.Trainer) -> float:
