@@ -379,3 +379,14 @@ def same_document(positions: Tensor, document_ids: Tensor) -> Tensor:
     """Boolean mask (B, 1, T, T), True where a query sees a key: earlier, or itself, in its own document."""
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same & (positions[:, None] >= positions[None, :])
+
+
+def float_model(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
+    """The float model with the weights of ``state``, which it shares, for inference; a tied head may be left out."""
+    with without_memory():
+        model = Transformer(config)
+    head = {"lm_head.weight": state["tok_embeddings.weight"]} if config.tie_embeddings else {}
+    model.load_state_dict(state | head, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.tok_embeddings.weight
+    return model.requires_grad_(False).eval()

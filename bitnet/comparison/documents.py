@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitnet.data.corpora import Reading, open_corpus
 from bitnet.data.loader import make_batch
-from bitnet.data.tokenizer import first_id, pieces
+from bitnet.data.tokenizer import begin_id, encode_document
 from bitnet.errors import NO_NUMBERS, UserError
 from bitnet.loss import IGNORE, token_nats
 from bitnet.model import Transformer
@@ -72,8 +72,7 @@ def read_documents(tokenizer: Tokenizer, eos_id: int, path: str, reading: Readin
         texts = [part for text in texts for part in _parts(text, max(1000, len(text) // 50))]
     found = []
     for text in texts:
-        ids = [i for piece in pieces(text) for i in tokenizer.encode(piece, add_special_tokens=False).ids]
-        if ids:
+        if ids := encode_document(tokenizer, text):
             found.append(Document([*ids, eos_id], len(text.encode())))
     if len(found) < 2:
         raise UserError(f"{path}: too little text to compare models on.")
@@ -116,8 +115,7 @@ def score_documents(
     """Score every document; pieces of about the same length go together, so that little is padding. Raises
     ``UserError`` for logits that are no numbers."""
     context = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
-    begin = first_id(tokenizer)
-    rows = sorted(_rows(documents, eos_id if begin is None else begin, context), key=lambda r: int((r[1] >= 0).sum()))
+    rows = sorted(_rows(documents, begin_id(tokenizer, eos_id), context), key=lambda r: int((r[1] >= 0).sum()))
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
     for at in range(0, len(rows), batch_size):
         part = rows[at : at + batch_size]

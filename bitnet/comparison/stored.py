@@ -23,7 +23,7 @@ from bitnet.inference.packed_linear import HeadDtype
 from bitnet.inference.packed_model import PackedTransformer
 from bitnet.inference.packing import pack
 from bitnet.layers import low_bit_layers, quantized_layers
-from bitnet.model import Transformer, without_memory
+from bitnet.model import Transformer, float_model
 from bitnet.tensor_file import TensorFile, layout, write
 
 HEAD: HeadDtype = "float16"
@@ -59,17 +59,8 @@ def store(model: Transformer, tokenizer: Tokenizer, recipe: dict[str, Any], file
     state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.named_parameters()}
     header, order = layout(state, {})
     write(file, header, (state[name] for name in order))
-    rounded = _float_model(config, state).float()
+    rounded = float_model(config, state).float()
     return Stored(file, config, sum(t.nbytes for t in state.values()), False), rounded
-
-
-def _float_model(config: ModelConfig, state: dict[str, torch.Tensor]) -> Transformer:
-    with without_memory():
-        model = Transformer(config)
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.tok_embeddings.weight
-    return model.requires_grad_(False).eval()
 
 
 def read_all(file: Path) -> dict[str, torch.Tensor]:
@@ -82,7 +73,7 @@ def _measure(file: str, config: ModelConfig | None, threads: int, tokens: int, p
     """Runs in a process of its own."""
 
     def load() -> Transformer:
-        return load_packed(file)[0] if config is None else _float_model(config, read_all(Path(file)))
+        return load_packed(file)[0] if config is None else float_model(config, read_all(Path(file)))
 
     return serving_speed(load, threads=threads, tokens=tokens, prompt=prompt)
 

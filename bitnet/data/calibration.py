@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitnet.data.corpora import Reading, open_corpus
-from bitnet.data.tokenizer import first_id, pieces
+from bitnet.data.tokenizer import encode_document, first_id
 from bitnet.data.tokens import UNSAID
 from bitnet.errors import UserError
 
@@ -45,8 +45,7 @@ def calibration_batches(
             raise UserError(f"{name} = {value}: must be at least {least}.")
     ids: list[int] = []
     for document in open_corpus(path, reading):
-        ids.extend(i for piece in pieces(document) for i in tokenizer.encode(piece, add_special_tokens=False).ids)
-        ids.append(eos_id)
+        ids += [*encode_document(tokenizer, document), eos_id]
         if len(ids) >= MOST_TIMES * rows * seq_len:
             break
     try:

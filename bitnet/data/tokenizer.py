@@ -92,6 +92,17 @@ def first_id(tokenizer: Tokenizer) -> int | None:
     return None if is_first or not ids else int(ids[0])
 
 
+def begin_id(tokenizer: Tokenizer, eos_id: int) -> int:
+    """The id behind which a text stands: ``first_id``, or where there is none the end of another text."""
+    begins = first_id(tokenizer)
+    return eos_id if begins is None else begins
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text of any length, without those that are put around it."""
+    return [i for piece in pieces(text) for i in tokenizer.encode(piece, add_special_tokens=False).ids]
+
+
 def template_tokens(tokenizer: Tokenizer, eos_id: int) -> dict[str, str]:
     """What a chat template may name: ``eos_token``, and ``bos_token``, which is empty where no text begins with one."""
     ids = {"eos_token": eos_id, "bos_token": first_id(tokenizer)}

@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from bitnet.data.tokenizer import find_eos, first_id
+from bitnet.data.tokenizer import begin_id, find_eos
 from bitnet.errors import UserError
 from bitnet.generation import Sampling, stream_batch
 from bitnet.model import Transformer
@@ -49,8 +49,7 @@ class BitNetLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text of which the first token counts, too: what the tokenizer begins texts with."""
-        begins = first_id(self.bpe)
-        return self._eos_id if begins is None else begins
+        return begin_id(self.bpe, self._eos_id)
 
     @property
     def max_length(self) -> int:

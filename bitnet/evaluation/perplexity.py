@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bitnet.data.corpora import Reading, open_corpus
 from bitnet.data.loader import make_batch
-from bitnet.data.tokenizer import find_eos, first_id, pieces, token_byte_lengths
+from bitnet.data.tokenizer import encode_document, find_eos, first_id, token_byte_lengths
 from bitnet.errors import NO_NUMBERS, UserError
 from bitnet.loss import IGNORE, Score, score_batch
 from bitnet.model import Transformer
@@ -83,8 +83,7 @@ def evaluate_text(
     found: list[int] = [] if begins is None else [begins]
     documents = text_bytes = 0
     for document in open_corpus(path, reading):
-        found.extend(i for piece in pieces(document) for i in tokenizer.encode(piece, add_special_tokens=False).ids)
-        found.append(eos_id)
+        found += [*encode_document(tokenizer, document), eos_id]
         documents, text_bytes = documents + 1, text_bytes + len(document.encode())
         if limit is not None and len(found) > seq_len + 1 + (limit - 1) * stride:
             break

@@ -24,7 +24,7 @@ from bitnet.interchange.gguf_file import GgufFile
 from bitnet.interchange.gguf_tokenizer import read_tokenizer
 from bitnet.interchange.names import GGUF
 from bitnet.interchange.opened import Opened, config_of
-from bitnet.model import RMSNorm, Transformer, without_memory
+from bitnet.model import RMSNorm, Transformer, float_model, without_memory
 from bitnet_kernels import FORMATS
 
 ARCHITECTURES = {"llama": (False, "silu"), "bitnet": (True, "silu"), "bitnet-b1.58": (True, "relu2")}
@@ -172,12 +172,8 @@ def _read(file: Path) -> Opened:
 
 def _float(config: ModelConfig, reader: _Reader) -> Transformer:
     with without_memory():
-        model = Transformer(config)
-    state = {f"{name}.weight": reader.read(name, config) for name in _weights(model)}
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.tok_embeddings.weight
-    return model.requires_grad_(False).eval()
+        names = _weights(Transformer(config))
+    return float_model(config, {f"{name}.weight": reader.read(name, config) for name in names})
 
 
 def _packed(config: ModelConfig, reader: _Reader) -> PackedTransformer:

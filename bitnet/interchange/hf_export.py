@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitnet.config import ModelConfig
-from bitnet.data.tokenizer import first_id
+from bitnet.data.tokenizer import begin_id
 from bitnet.errors import UserError
 from bitnet.interchange import integer_layout
 from bitnet.interchange.names import HUGGING_FACE
@@ -189,8 +189,7 @@ def write_hf(
     chat_template: str | None,
 ) -> None:
     """Write the files of the model into ``folder``, which exists. ``form`` has passed ``check_form``."""
-    begins = first_id(tokenizer)
-    bos_id = eos_id if begins is None else begins
+    bos_id = begin_id(tokenizer, eos_id)
     header, order = layout(tensors := hf_tensors(model, form, DTYPES[dtype]), {"format": "pt"})
     write(folder / "model.safetensors", header, (tensors[name] for name in order))
     config = hf_config(model.config, form, dtype, eos_id, bos_id)

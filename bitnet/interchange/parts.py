@@ -14,7 +14,7 @@ from bitnet.inference.packed_linear import PackedLinear, StoredEmbedding, Stored
 from bitnet.layers import BitLinear, FakeQuantizedLinear, LoRALinear
 from bitnet.layers.bit_linear import ActBits
 from bitnet.layers.integer_products import dequantize
-from bitnet.model import RMSNorm, Transformer, without_memory
+from bitnet.model import RMSNorm, Transformer, float_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +134,4 @@ def float_state(model: Transformer, weight_of: Callable[[Matrix], Tensor]) -> di
 
 def without_activation_quantization(model: Transformer) -> Transformer:
     """The float model that multiplies by the dense form of every matrix: the graph alone."""
-    with without_memory():
-        plain = Transformer(model.config)
-    plain.load_state_dict(float_state(model, Matrix.dense), assign=True)
-    if model.config.tie_embeddings:
-        plain.lm_head.weight = plain.tok_embeddings.weight
-    return plain.requires_grad_(False).eval()
+    return float_model(model.config, float_state(model, Matrix.dense))

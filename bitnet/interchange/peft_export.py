@@ -18,7 +18,7 @@ from bitnet.interchange.names import HUGGING_FACE
 from bitnet.interchange.opened import Opened
 from bitnet.interchange.parts import float_state
 from bitnet.layers import LoRALinear
-from bitnet.model import Transformer, without_memory
+from bitnet.model import Transformer, float_model
 from bitnet.tensor_file import layout, write
 
 
@@ -35,17 +35,12 @@ def adapters(model: Transformer) -> dict[str, LoRALinear]:
 
 def without_adapters(model: Transformer) -> Transformer:
     """The float model that multiplies by what the integers alone stand for."""
-    with without_memory():
-        plain = Transformer(model.config)
 
     def base(name: str, whole: Tensor) -> Tensor:
         layer = model.get_submodule(name)
         return layer.dense().detach() if isinstance(layer, LoRALinear) else whole
 
-    plain.load_state_dict(float_state(model, lambda m: base(m.name, m.dense())), assign=True)
-    if model.config.tie_embeddings:
-        plain.lm_head.weight = plain.tok_embeddings.weight
-    return plain.requires_grad_(False).eval()
+    return float_model(model.config, float_state(model, lambda m: base(m.name, m.dense())))
 
 
 def write_peft(folder: Path, opened: Opened, base_name: str) -> None:
