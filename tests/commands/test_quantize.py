@@ -236,19 +236,12 @@ def test_synthesized_text_trains_without_the_data(
     assert "length = 0: must be between 2" in named
 
 
-STREAM = ["--data.streaming=true", "--data.stream_val_bytes=600"]
-
-
-@pytest.mark.parametrize(
-    "options,from_first",
-    [([], 6), (["--data.weights=[0,1]"], 0), (["--data.weights=[1,3]"], 2), (["--data.weights=[1,0]", *STREAM], 8)],
-)
-def test_calibration_is_of_every_source_by_its_share(
-    float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], from_first: int
-) -> None:
-    """Three times as many of one token as of another, or as data.weights says; a third source has no whole row."""
-    (tmp_path / "first.txt").write_text("\n<|endoftext|>\n".join(["~" * 500] * 30))
-    (tmp_path / "second.txt").write_text("\n<|endoftext|>\n".join(["%" * 500] * 10))
+def calibrated_on(parent: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[str]:
+    """Text of the eight rows, three at a time, that ``fit`` shows a recipe: of three times as many of one token as of
+    another, and of a source without a whole row."""
+    sources = {"first": ["~" * 500] * 30, "second": ["%" * 500] * 10, "third": ["short", "text"]}
+    for name, texts in sources.items():
+        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(texts))
     seen: list[torch.Tensor] = []
 
     def look(self: Any, chain: Any, progress: Any) -> list[str]:
@@ -256,17 +249,34 @@ def test_calibration_is_of_every_source_by_its_share(
         raise UserError("seen enough")
 
     monkeypatch.setattr(EfficientQAT, "train_blocks", look)
-    command = ["fit", "--config", "posttrain/efficient_qat", f"--model.init_from={float_run}"]
-    command += [f'--data.path=["{tmp_path}/first.txt","{tmp_path}/second.txt"]', "--trainer.max_steps=1"]
-    if not options:
-        (tmp_path / "third.txt").write_text("short\n<|endoftext|>\nvery")
-        command[-2] = command[-2].replace("]", f',"{tmp_path}/third.txt"]')
+    paths = ",".join(f'"{folder / name}.txt"' for name in sources)
+    command = ["fit", "--config", "posttrain/efficient_qat", f"--model.init_from={parent}", f"--data.path=[{paths}]"]
     command += ["--data.seq_len=32", "--data.batch_size=3", "--model.calibration_rows=8", "--trainer.accelerator=cpu"]
-    command += [f"--trainer.default_root_dir={tmp_path / 'r'}", "--data.val_fraction=0.1"]
+    command += [f"--trainer.default_root_dir={folder / 'r'}", "--data.val_fraction=0.1", "--trainer.max_steps=1"]
     assert fit([*command, *options]) == 2
     assert [len(batch) for batch in seen] == [3, 3, 2]
-    tokenizer = load_checkpoint(float_run)[1]
-    assert sum("~" in tokenizer.decode(row.tolist()) for row in torch.cat(seen)) == from_first
+    tokenizer = load_checkpoint(parent)[1]
+    return [tokenizer.decode(row.tolist()) for row in torch.cat(seen)]
+
+
+@pytest.mark.parametrize(
+    "options,from_first", [((), 6), (("--data.weights=[0,1,0]",), 0), (("--data.weights=[1,3,0]",), 2)]
+)
+def test_calibration_is_of_every_source_by_its_share(
+    options: tuple[str, ...], from_first: int, float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = calibrated_on(float_run, tmp_path, monkeypatch, *options)
+    assert sum("~" in row for row in rows) == from_first and sum("%" in row for row in rows) == 8 - from_first
+
+
+def test_calibration_of_streams_is_of_their_sample(
+    float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is one text, however many weights there are."""
+    paths = f'--data.path=["{tmp_path}/first.txt","{tmp_path}/second.txt"]'
+    stream = ("--data.streaming=true", "--data.stream_val_bytes=600", "--data.weights=[1,1]")
+    rows = calibrated_on(float_run, tmp_path, monkeypatch, paths, *stream)
+    assert all("~" in row or "%" in row for row in rows)
 
 
 def test_calibration_is_not_thinned_out_by_dropout(
