@@ -24,11 +24,14 @@ import datetime
 import json
 import lzma
 import math
+import multiprocessing
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -183,28 +186,33 @@ def ladder(names: list[str], novels: Path, runs: Path, out: Path | None) -> None
         print((report / "report.md").read_text(encoding="utf-8"))
 
 
+def run_of(args: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
+    """A row with a seed: trained, packed and scored, in a process of its own, since exact products of low-bit layers
+    set the precision of all float32 products of a process for a moment."""
+    if not ARENAS[args.arena].prepared:
+        torch.set_num_threads(1)
+    folder = args.runs / f"{name.replace(' ', '_')}_{seed}"
+    options = {"seed_everything": seed, "data.seed": seed, **ARENAS[args.arena].rows[name]}
+    summary = train(options | (SMOKE if args.smoke else {}), args.novels, folder, args.arena)
+    run = {"seed": seed, "options": {k: str(v) for k, v in options.items()}, "seconds": summary["seconds"]}
+    run["tokens_per_s"] = summary["figures"]["perf/tokens_per_s"]
+    model, tokenizer = served(folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    run["validation"] = score(model, tokenizer, books(args.novels, VALIDATION))
+    run["test"] = score(model, tokenizer, books(args.novels, TEST)) if args.test else None
+    run["sample"] = generate(model, tokenizer, "The ", max_new_tokens=60)
+    return run
+
+
 def compare(args: argparse.Namespace, names: list[str]) -> None:
-    """The table: every row with every seed, packed and scored."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """The table: every row with every seed."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     listed = [(seed, name) for seed in range(args.seeds) for name in names]  # a table of fewer seeds is there early
-    folders = [args.runs / f"{name.replace(' ', '_')}_{seed}" for seed, name in listed]
-    all_options = [
-        {"seed_everything": seed, "data.seed": seed, **ARENAS[args.arena].rows[name]} for seed, name in listed
-    ]
-    trained = [options | SMOKE if args.smoke else options for options in all_options]
-    summaries = train_all(trained, args.novels, folders, args.arena, args.jobs)
-    for (seed, name), folder, options, summary in zip(listed, folders, all_options, summaries, strict=True):
-        run = {"seed": seed, "options": {k: str(v) for k, v in options.items()}, "seconds": summary["seconds"]}
-        run["tokens_per_s"] = summary["figures"]["perf/tokens_per_s"]
-        model, tokenizer = served(folder)
-        model.to(device)
-        run["validation"] = score(model, tokenizer, books(args.novels, VALIDATION))
-        run["test"] = score(model, tokenizer, books(args.novels, TEST)) if args.test else None
-        run["sample"] = generate(model, tokenizer, "The ", max_new_tokens=60)
-        found[name].append(run)
-        print(f"{name}, seed {seed}: {run['validation']['nats_per_token']:.4f} nats per token", flush=True)
-        print(f"  {' '.join(run['sample'].split())}", flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (seed, name), run in zip(listed, pool.map(run_of, repeat(args), *zip(*listed, strict=True)), strict=True):
+            found[name].append(run)
+            print(f"{name}, seed {seed}: {run['validation']['nats_per_token']:.4f} nats per token", flush=True)
+            print(f"  {' '.join(run['sample'].split())}", flush=True)
     text = table(found, args.test)
     print(text)
     if args.out:
@@ -222,7 +230,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, help="folder of the runs (default: runs/arena, runs/arena_m, runs/arena_l)"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs that train at a time, on one GPU or a core each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one GPU or a core each")
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--ladder", action="store_true", help="four widths, one seed, and 'bitnet compare' over them")
     parser.add_argument("--trials", type=Path, metavar="FILE")
