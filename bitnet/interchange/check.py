@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,47 +206,79 @@ def _tokens_differ(opened: Opened, answer: dict[str, Any], add_special_tokens: b
     return [f"{len(wrong)} of {len(TEXTS)} texts have other tokens, such as {wrong[0]!r}"] if wrong else []
 
 
-def _report(
-    opened: Opened,
-    bound: Bound,
-    tokens: int,
-    ask: Callable[[list[list[int]]], tuple[dict[str, Any], Tensor, bool, str]],
-    special: bool,
+@dataclass(frozen=True)
+class Program:
+    """A program that reads exports: the script that asks it, what must be installed, and what it answers."""
+
+    name: str
+    script: Any
+    packages: tuple[str, ...]
+    missing: str
+    """What is said where one of the packages is not installed."""
+    version: str
+    """What is said of it, with ``{}`` for its version."""
+    has_logits: bool = True
+    """Whether it gives logits, or log-probabilities."""
+    special: bool = False
+    """Whether it puts around a text what the tokenizer does."""
+
+
+TRANSFORMERS = Program(
+    "transformers",
+    read_by_transformers,
+    ("transformers", "accelerate"),
+    "transformers and accelerate are not installed (pip install 'bitnet-lightning[hf]')",
+    "transformers {}",
+    special=True,
+)
+LLAMA_CPP = Program(
+    "llama.cpp",
+    read_by_llama_cpp,
+    ("xllamacpp",),
+    "llama.cpp is not installed (pip install xllamacpp)",
+    "llama.cpp (xllamacpp {})",
+    has_logits=False,
+)
+IK_LLAMA_CPP = Program(
+    "ik_llama.cpp",
+    read_by_ik_llama_cpp,
+    ("ik_llama_cpp",),
+    "ik_llama.cpp, which has this graph, is not installed (pip install ik-llama-cpp-python)",
+    "ik_llama.cpp (ik-llama-cpp-python {})",
+)
+
+
+def _check(
+    program: Program, opened: Opened, target: Path, bound: Bound, tokens: int, why_not: str = "", **request: Any
 ) -> Report:
+    """Compare what ``program`` makes of ``target`` with ``opened``, unless there is something ``why_not``."""
+    if not tokens:
+        why_not = "--check_tokens 0"
+    elif not all(importlib.util.find_spec(name) for name in program.packages):
+        why_not = program.missing
+    if why_not:
+        return Report(program="", comparison=None, bound=bound, problems=[], why_not=why_not)
     console = Console(stderr=True)
     wait = console.status("comparing with the other program") if console.is_terminal else contextlib.nullcontext()
     with wait:
         texts = own_texts(opened, tokens)
-        answer, theirs, are_logits, program = ask(texts)
+        request |= {"ids": texts, "texts": TEXTS, "threads": torch.get_num_threads()}
+        answer = _run(program.script, target, request, program.name)
+    theirs = torch.from_numpy(answer["logits" if program.has_logits else "logprobs"])
+    if not program.has_logits:  # a probability that rounds to 0 in float32 has no logarithm there
+        theirs = torch.nan_to_num(theirs, nan=-105.0, neginf=-105.0)
     model = without_activation_quantization(opened.model) if bound.float_activations else opened.model
-    found = compare(logits_of(model, texts), theirs, are_logits)
-    problems = found.failures(bound) + _tokens_differ(opened, answer, special)
-    return Report(program=program, comparison=found, bound=bound, problems=problems)
-
-
-def _not_done(bound: Bound, why: str) -> Report:
-    return Report(program="", comparison=None, bound=bound, problems=[], why_not=why)
+    found = compare(logits_of(model, texts), theirs, program.has_logits)
+    problems = found.failures(bound) + _tokens_differ(opened, answer, program.special)
+    said = program.version.format(answer["version"])
+    return Report(program=said, comparison=found, bound=bound, problems=problems)
 
 
 def check_hf(opened: Opened, folder: Path, bound: Bound, tokens: int, needs: tuple[str, ...] = ()) -> Report:
     """Compare a Hugging Face folder, as transformers computes it with the packages it ``needs``, with ``opened``."""
-    if not tokens:
-        return _not_done(bound, "--check_tokens 0")
-    if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
-        return _not_done(bound, "transformers and accelerate are not installed (pip install 'bitnet-lightning[hf]')")
-
-    for package in needs:
-        if importlib.util.find_spec(package) is None:
-            return _not_done(
-                bound, f"{package.replace('_', '-')} is not installed (pip install 'bitnet-lightning[hf]')"
-            )
-
-    def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
-        request = {"ids": ids, "texts": TEXTS, "threads": torch.get_num_threads()}
-        answer = _run(read_by_transformers, folder, request, "transformers")
-        return answer, torch.from_numpy(answer["logits"]), True, f"transformers {answer['version']}"
-
-    return _report(opened, bound, tokens, ask, special=True)
+    missing = [name.replace("_", "-") for name in needs if importlib.util.find_spec(name) is None]
+    why_not = f"{missing[0]} is not installed (pip install 'bitnet-lightning[hf]')" if missing else ""
+    return _check(TRANSFORMERS, opened, folder, bound, tokens, why_not)
 
 
 def _plain_token(opened: Opened) -> int:
@@ -258,25 +289,8 @@ def _plain_token(opened: Opened) -> int:
 
 def check_gguf(opened: Opened, file: Path, bound: Bound, tokens: int) -> Report:
     """Compare a GGUF file, as llama.cpp computes it, with ``opened``."""
-    if not tokens:
-        return _not_done(bound, "--check_tokens 0")
-    if importlib.util.find_spec("xllamacpp") is None:
-        return _not_done(bound, "llama.cpp is not installed (pip install xllamacpp)")
-
-    def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
-        request = {
-            "ids": ids,
-            "vocab_size": opened.model.config.vocab_size,
-            "plain": _plain_token(opened),
-            "texts": TEXTS,
-            "threads": torch.get_num_threads(),
-        }
-        answer = _run(read_by_llama_cpp, file, request, "llama.cpp")
-        # A probability that rounds to 0 in float32 has no logarithm there.
-        logprobs = torch.nan_to_num(torch.from_numpy(answer["logprobs"]), nan=-105.0, neginf=-105.0)
-        return answer, logprobs, False, f"llama.cpp (xllamacpp {answer['version']})"
-
-    return _report(opened, bound, tokens, ask, special=False)
+    vocab_size, plain = opened.model.config.vocab_size, _plain_token(opened)
+    return _check(LLAMA_CPP, opened, file, bound, tokens, vocab_size=vocab_size, plain=plain)
 
 
 IK_ROW = 512
@@ -285,31 +299,10 @@ IK_ROW = 512
 
 def check_gguf_in_ik(opened: Opened, file: Path, kind: str, tokens: int) -> Report:
     """Compare a GGUF file that llama.cpp cannot run, as ik_llama.cpp computes it; I2_S after it has requantized it."""
-    config = opened.model.config
-    bound = BLOCK_ACTIVATIONS if kind == "i2_s" else HALF
-    if not tokens:
-        return _not_done(bound, "--check_tokens 0")
-    if importlib.util.find_spec("ik_llama_cpp") is None:
-        return _not_done(
-            bound, "ik_llama.cpp, which has this graph, is not installed (pip install ik-llama-cpp-python)"
-        )
-    if kind == "i2_s" and min(config.dim, config.ffn_dim) < IK_ROW:
-        return _not_done(bound, f"ik_llama.cpp wants rows of at least {IK_ROW} weights")
-
-    def ask(ids: list[list[int]]) -> tuple[dict[str, Any], Tensor, bool, str]:
-        request = {
-            "ids": ids,
-            "vocab_size": config.vocab_size,
-            "texts": TEXTS,
-            "threads": torch.get_num_threads(),
-            "requantize": "IQ2_BN" if kind == "i2_s" else None,
-        }
-        answer = _run(read_by_ik_llama_cpp, file, request, "ik_llama.cpp")
-        return (
-            answer,
-            torch.from_numpy(answer["logits"]),
-            True,
-            f"ik_llama.cpp (ik-llama-cpp-python {answer['version']})",
-        )
-
-    return _report(opened, bound, tokens, ask, special=False)
+    config, packs = opened.model.config, kind == "i2_s"
+    narrow = packs and min(config.dim, config.ffn_dim) < IK_ROW
+    why_not = f"ik_llama.cpp wants rows of at least {IK_ROW} weights" if narrow else ""
+    bound, requantize = (BLOCK_ACTIVATIONS, "IQ2_BN") if packs else (HALF, None)
+    return _check(
+        IK_LLAMA_CPP, opened, file, bound, tokens, why_not, vocab_size=config.vocab_size, requantize=requantize
+    )

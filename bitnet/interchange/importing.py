@@ -11,7 +11,16 @@ from bitnet.errors import UserError
 from bitnet.estimate import count_parameters
 from bitnet.inference.files import PACKED_NAME, save_packed
 from bitnet.inference.packed_model import PackedTransformer
-from bitnet.interchange.check import BLOCK_ACTIVATIONS, EXACT, LAST_BITS, ROUNDED, Bound, Report, check_gguf, check_hf
+from bitnet.interchange.check import (
+    BLOCK_ACTIVATIONS,
+    EXACT,
+    LAST_BITS,
+    OTHER_ACTIVATIONS,
+    ROUNDED,
+    Report,
+    check_gguf,
+    check_hf,
+)
 from bitnet.interchange.exporting import announce, named_when_proven
 from bitnet.interchange.opened import Opened, read_foreign
 from bitnet.interchange.parts import Matrix, float_state, forms
@@ -36,16 +45,15 @@ def save_run(opened: Opened, folder: Path, trainable: bool) -> None:
 def _check(opened: Opened, path: Path, tokens: int) -> Report:
     if path.suffix == ".gguf":
         # A quantized file is computed by llama.cpp with rounded activations, and by us from its dequantized weights.
-        bound = BLOCK_ACTIVATIONS if forms(opened.model)[0] != "none" else Bound(kl=1e-2, argmax=0.9)
+        bound = BLOCK_ACTIVATIONS if forms(opened.model)[0] != "none" else OTHER_ACTIVATIONS
         return check_gguf(opened, path, bound, tokens)
     content = json.loads((path / "config.json").read_text(encoding="utf-8"))
     quantization = content.get("quantization_config")
     if (content.get("dtype") or content.get("torch_dtype")) != "float32":
         bound = ROUNDED  # transformers computes in the dtype of the file
-    elif quantization is None:
-        bound = Bound(kl=1e-4, argmax=0.99)
     else:
-        bound = EXACT if quantization.get("linear_class", "bitlinear") == "bitlinear" else LAST_BITS
+        is_exact = quantization is not None and quantization.get("linear_class", "bitlinear") == "bitlinear"
+        bound = EXACT if is_exact else LAST_BITS
     return check_hf(opened, path, bound, tokens)
 
 
