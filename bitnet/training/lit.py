@@ -235,9 +235,9 @@ class LitBitNet(L.LightningModule):
             return []
         data = self.data
         store = data.tokens
-        shares: list[float] = [row_count(store.totals(f"train-{i}").tokens, data.seq_len) for i in range(store.sources)]
-        if data.weights and not data.streaming:  # a stream has one sample of all
-            shares = data.weights
+        counts = [store.totals(f"train-{i}").tokens for i in range(store.sources)]
+        rows_of_each = [row_count(count, data.seq_len) for count in counts]
+        shares = [1.0] if data.streaming else data.weights or rows_of_each  # a stream has one sample of all
         ends = np.rint(np.cumsum(shares) / sum(shares) * self.calibration_rows).astype(int)
         rows = np.diff(ends, prepend=0).tolist()
         found = [spaced_batches(store.ids(f"train-{i}"), n, data.seq_len, n)[0] for i, n in enumerate(rows) if n]
@@ -250,6 +250,9 @@ class LitBitNet(L.LightningModule):
         return build_optimizer(self.transformer, self.optim)
 
     # ---- training
+
+    def on_train_start(self) -> None:
+        self._ends = False
 
     def _apply_stage(self) -> None:
         """Not before training or validation begins: to ask for ``total_steps`` makes the loaders, and Lightning gives a

@@ -73,17 +73,20 @@ def test_parts_work_with_a_plain_trainer(stories, tmp_path) -> None:
 
     from bitnet import BitNet, LitBitNet, ModelConfig, TokenDataModule
 
-    trainer = lightning.Trainer(
-        max_steps=3, logger=False, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False
-    )
+    options = {"logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_steps=3, **options)
     config = ModelConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=48, max_seq_len=32)
     module = LitBitNet(config, BitNet(weight="binary"))
-    trainer.fit(module, datamodule=TokenDataModule(str(stories), vocab_size=300, seq_len=32, batch_size=2))
+    data = TokenDataModule(str(stories), vocab_size=300, seq_len=32, batch_size=2)
+    trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     model, tokenizer = load_checkpoint(tmp_path / "a.ckpt")
     ids = torch.tensor([tokenizer.encode("The small dog").ids])
     with torch.no_grad():
         assert torch.equal(model(ids), module.transformer.eval()(ids))
+    again = lightning.Trainer(max_steps=2, **options | {"default_root_dir": tmp_path / "again"})
+    again.fit(module, datamodule=data)  # that a run has ended does not end the next
+    assert again.global_step == 2
 
 
 @pytest.mark.slow
