@@ -85,7 +85,7 @@ def test_parts_work_with_a_plain_trainer(stories, tmp_path) -> None:
     with torch.no_grad():
         assert torch.equal(model(ids), module.transformer.eval()(ids))
     again = lightning.Trainer(max_steps=2, **options | {"default_root_dir": tmp_path / "again"})
-    again.fit(module, datamodule=data)  # that a run has ended does not end the next
+    again.fit(module.train(), datamodule=data)  # that a run has ended does not end the next
     assert again.global_step == 2
 
 
