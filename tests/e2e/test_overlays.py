@@ -15,6 +15,7 @@ from bitnet.inference.packing import pack
 from ..conftest import tiny_options
 from ..inference.test_packing import assert_same
 from ..runs import run_python
+from ..training.stopping import TimeIsUp
 
 
 def test_bf16_keeps_float32_weights_and_an_exact_forward(stories, tmp_path, run_fit) -> None:
@@ -74,7 +75,7 @@ def test_parts_work_with_a_plain_trainer(stories, tmp_path) -> None:
     from bitnet import BitNet, LitBitNet, ModelConfig, TokenDataModule
 
     options = {"logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "enable_progress_bar": False}
-    trainer = lightning.Trainer(max_steps=3, **options)
+    trainer = lightning.Trainer(max_steps=3, callbacks=[TimeIsUp(1)], **options)
     config = ModelConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=48, max_seq_len=32)
     module = LitBitNet(config, BitNet(weight="binary"))
     data = TokenDataModule(str(stories), vocab_size=300, seq_len=32, batch_size=2)
@@ -84,6 +85,7 @@ def test_parts_work_with_a_plain_trainer(stories, tmp_path) -> None:
     ids = torch.tensor([tokenizer.encode("The small dog").ids])
     with torch.no_grad():
         assert torch.equal(model(ids), module.transformer.eval()(ids))
+    assert trainer.global_step == 2
     again = lightning.Trainer(max_steps=2, **options | {"default_root_dir": tmp_path / "again"})
     again.fit(module.train(), datamodule=data)  # that a run has ended does not end the next
     assert again.global_step == 2
