@@ -165,19 +165,16 @@ def test_items_of_lines_mean_what_they_say(forms, data) -> None:
     assert scores["pronouns", "acc"] == sum(which) / 2
 
 
+def yaml_task(file: Path, items: Path, **fields: object) -> Path:
+    """A task of lm-eval about the lines of ``items``."""
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(items)}}, "test_split": "test"}
+    file.write_text(yaml.safe_dump({"task": file.stem, **source, **fields}))
+    return file
+
+
 def test_a_yaml_task_and_a_limit(forms, data, tmp_path, capsys) -> None:
-    task = {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data / "who.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "gold",
-    }
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(task))
+    asks = {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"}
+    file = yaml_task(tmp_path / "mine.yaml", data / "who.jsonl", output_type="multiple_choice", **asks)
     assert main(["evaluate", str(forms["packed"]), "--tasks", str(file), "--limit", "2"]) == 0
     said = capsys.readouterr().out
     assert "mine      2  acc" in said and "no published figures" in said
@@ -185,23 +182,19 @@ def test_a_yaml_task_and_a_limit(forms, data, tmp_path, capsys) -> None:
 
 def test_every_filter_of_a_task_has_a_score(forms, data, tmp_path, capsys) -> None:
     """As gsm8k has: what is said is looked at in two ways."""
-    task = {
-        "task": "two_ways",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data / "lastword_a.jsonl")}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{continuation}}",
-        "generation_kwargs": {"until": ["."], "max_gen_toks": 4},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "filter_list": [
+    file = yaml_task(
+        tmp_path / "two_ways.yaml",
+        data / "lastword_a.jsonl",
+        output_type="generate_until",
+        doc_to_text="{{context}}",
+        doc_to_target="{{continuation}}",
+        generation_kwargs={"until": ["."], "max_gen_toks": 4},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        filter_list=[
             {"name": "strict", "filter": [{"function": "take_first"}]},
             {"name": "loose", "filter": [{"function": "lowercase"}, {"function": "take_first"}]},
         ],
-    }
-    file = tmp_path / "two_ways.yaml"
-    file.write_text(yaml.safe_dump(task))
+    )
     assert main(["evaluate", str(forms["packed"]), "--tasks", str(file), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["tasks"]
     assert [score["metric"] for score in scores] == ["exact_match, strict", "exact_match, loose"]
