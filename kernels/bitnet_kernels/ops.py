@@ -137,8 +137,8 @@ def _check(
             f"{format} weights of {n} x {k} are uint8 ({n}, {layout.row_bytes(k)}), "
             f"not {packed.dtype} {tuple(packed.shape)}"
         )
-    others = {"packed": packed, "x_inv_scale": x_inv_scale, "w_inv_scale": w_inv_scale, "group_scale": group_scale}
-    for name, other in {**others, "row_sum": row_sum}.items():
+    scales = (("x_inv_scale", x_inv_scale), ("w_inv_scale", w_inv_scale), ("group_scale", group_scale))
+    for name, other in (("packed", packed), ("row_sum", row_sum), *scales):
         if other is not None and other.device != x.device:
             raise ValueError(f"x is on {x.device} and {name} on {other.device}")
     if group_scale is not None:
@@ -157,7 +157,7 @@ def _check(
         raise ValueError(f"x_inv_scale must have {x.shape[0]} values, not {x_inv_scale.numel()}")
     if row_sum is not None and (row_sum.dtype != torch.int32 or row_sum.shape != x.shape[:1]):
         raise ValueError(f"row_sum must be int32 ({x.shape[0]},), not {row_sum.dtype} {tuple(row_sum.shape)}")
-    for name, scale in (("x_inv_scale", x_inv_scale), ("w_inv_scale", w_inv_scale), ("group_scale", group_scale)):
+    for name, scale in scales:
         if scale is not None and scale.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, not {scale.dtype}")
 
