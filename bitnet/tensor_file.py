@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitnet.errors import UserError
+from bitnet.replacing import replacing
 
 DTYPES = {
     "F64": torch.float64,
@@ -126,20 +127,16 @@ def layout(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes,
 
 def write(path: Path, header: bytes, tensors: Iterator[Tensor]) -> None:
     """Write a file under its name, or leave nothing there. Raises ``UserError`` when it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             file.write(len(header).to_bytes(8, "little"))
             file.write(header)
             for tensor in tensors:
                 file.write(bytes_of(tensor))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class TensorFile:

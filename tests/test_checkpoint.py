@@ -16,7 +16,8 @@ from bitnet.errors import UserError, of_the_machine
 from bitnet.layers import BitLinear
 from bitnet.option_checks import check_folder
 from bitnet.quantizers import quantize_int8_absmax, quantize_ternary_absmean
-from bitnet.training.atomic import PARTIAL_SUFFIX, remove_partial_files, write_atomically
+from bitnet.replacing import PARTIAL_SUFFIX
+from bitnet.training.atomic import remove_partial_files, write_atomically
 from bitnet_kernels import matmul_reference
 
 

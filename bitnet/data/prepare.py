@@ -6,10 +6,7 @@ a folder that exists can be used, and cannot be stale.
 
 import hashlib
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +17,10 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from bitnet.chat_template import ChatText
-from bitnet.data.corpora import Corpus, DocumentList, Reading, python_version
+from bitnet.data.corpora import Corpus, DocumentList, Reading
+from bitnet.data.token_folder import complete_or_absent, describe, dtype_of_ids
 from bitnet.data.tokenizer import find_eos, load_tokenizer, pieces, train_tokenizer
-from bitnet.data.tokens import FORMAT, UNSAID, TokenStore, Totals, file_digest
+from bitnet.data.tokens import FORMAT, UNSAID, TokenStore, Totals
 from bitnet.errors import UserError
 
 BATCH_BYTES = 4 << 20
@@ -135,6 +133,24 @@ class _Writer:
         self._pending, self._pending_bytes = [], 0
 
 
+def _tokenize(
+    folder: Path,
+    documents: Iterable[tuple[str, str]],
+    tokenizer: Tokenizer,
+    eos_id: int,
+    dtype: np.dtype[Any],
+    report: Callable[[int], None],
+) -> dict[str, Totals]:
+    """Write the .bin files of ``documents``, each with the name of its file; what went into each file, by its name."""
+    writer, done = _Writer(folder, tokenizer, eos_id, dtype), 0
+    for name, document in documents:
+        writer.add(name, document)
+        done += len(document.encode())
+        report(done)
+    writer.flush()
+    return writer.totals
+
+
 def _sample(documents: Iterable[tuple[str, str]], limit: int = TOKENIZER_BYTES) -> Iterator[str]:
     """Training documents up to ``limit`` characters: the tokenizer never sees what is held out."""
     used = 0
@@ -201,41 +217,20 @@ def prepare(
         report("training the tokenizer", 0, 0)
     tokenizer = given or train_tokenizer(_sample(documents()), vocab_size)
     eos_id = find_eos(tokenizer, eos_token)
-    narrow = tokenizer.get_vocab_size() <= 1 << 16 and reading.chat_template is None
-    dtype = np.dtype("<u2" if narrow else "<u4")
+    dtype = np.dtype("<u4") if are_conversations else dtype_of_ids(tokenizer)  # room for ``UNSAID``
     cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache_dir))
     try:
-        writer = _Writer(partial, tokenizer, eos_id, dtype)
-        done = 0
-        for name, document in documents():
-            writer.add(name, document)
-            done += len(document.encode())
-            report("tokenizing", done, total)
-        writer.flush()
-        if "val" not in writer.totals:
-            raise UserError(f"{', '.join(c.path for c in val or train)}: no text to validate on; give data.val_path.")
-        meta = {
-            "format": FORMAT,
-            "dtype": dtype.str,
-            "eos_id": eos_id,
-            "vocab_size": tokenizer.get_vocab_size(),
-            "train": [asdict(writer.totals.get(f"train-{i}", Totals())) for i in range(len(train))],
-            "val": asdict(writer.totals["val"]),
-            "paths": [c.path for c in train],
-            "val_paths": [c.path for c in val],
-            "settings": settings,
-            "python": python_version(),
-        }
-        tokenizer.save(str(partial / "tokenizer.json"))
-        meta["tokenizer_sha256"] = file_digest(partial / "tokenizer.json")
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        os.chmod(partial, 0o755)  # mkdtemp's are the user's own, and folders of tokens are shared
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with complete_or_absent(folder) as partial:
+            totals = _tokenize(partial, documents(), tokenizer, eos_id, dtype, lambda d: report("tokenizing", d, total))
+            if "val" not in totals:
+                where = ", ".join(c.path for c in val or train)
+                raise UserError(f"{where}: no text to validate on; give data.val_path.")
+            describe(
+                partial, tokenizer, dtype=dtype, eos_id=eos_id,
+                train=[totals.get(f"train-{i}", Totals()) for i in range(len(train))], val=totals["val"],
+                paths=[c.path for c in train], val_paths=[c.path for c in val], settings=settings,
+            )  # fmt: skip
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was faster with the same content
+            raise
     return TokenStore(folder)

@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from bitnet.errors import DISK_FULL, UserError
+from bitnet.replacing import PARTIAL_SUFFIX, replacing
 
-PARTIAL_SUFFIX = ".partial"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -20,18 +20,17 @@ def write_atomically(content: Any, path: Path, previous: Path | None = None) -> 
 
     The old content gets the name ``previous``, where there is one.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            _name_also(path, previous)
-        elif path.is_dir():  # of parts
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                _name_also(path, previous)
+            elif path.is_dir():  # of parts
+                shutil.rmtree(path)
     except (OSError, RuntimeError) as error:
         why = error if isinstance(error, OSError) else error.__context__  # torch trips over what the system said
         if not isinstance(why, OSError):
@@ -39,9 +38,6 @@ def write_atomically(content: Any, path: Path, previous: Path | None = None) -> 
         what = "the disk is full" if why.errno in DISK_FULL else "it cannot be written"
         left = "the one from before is intact" if path.is_file() else "none has been saved yet"
         raise UserError(f"{path}: {what} ({why.strerror}); {left}.") from error
-    finally:
-        with contextlib.suppress(OSError):  # there may be no folder for it
-            partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -51,22 +47,14 @@ def write_atomically(content: Any, path: Path, previous: Path | None = None) -> 
 
 def write_text_atomically(text: str, path: Path) -> None:
     """A small file that is replaced as a whole, or not at all on a disk that is full."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-    try:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def copy_atomically(path: Path, other: Path) -> None:
     """The file at ``path`` a second time, as ``other``: whole, or not at all."""
-    partial = other.with_name(f".{other.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-    try:
+    with replacing(other) as partial:
         shutil.copyfile(path, partial)
-        os.replace(partial, other)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _name_also(path: Path, other: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from bitnet.checkpoint import damage
 from bitnet.errors import UserError
+from bitnet.replacing import PARTIAL_SUFFIX
 from bitnet.sharded_checkpoint import is_sharded
-from bitnet.training.atomic import LAST, PARTIAL_SUFFIX, PREVIOUS
+from bitnet.training.atomic import LAST, PREVIOUS
 
 
 def is_first_process() -> bool:
