@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from bitnet.data.corpora import Reading, open_corpus
 from bitnet.data.datamodule import TokenDataModule
 from bitnet.data.loader import make_batch
-from bitnet.data.prepare import Splitting, _sample, split_single, validation_documents
+from bitnet.data.prepare import Splitting, _sample, prepare, split_single, validation_documents
 from bitnet.data.tokenizer import EOS, find_eos, pieces, token_byte_lengths, train_tokenizer
 from bitnet.data.tokens import UNSAID, validation_rows
 from bitnet.errors import UserError
@@ -145,6 +145,21 @@ def test_a_given_tokenizer_neither_cuts_nor_fills(stories, tmp_path, run_prepare
     store = run_prepare(stories, tokenizer=str(tmp_path / "given.json"))
     assert np.array_equal(store.ids("train-0"), plain.ids("train-0"))
     assert np.array_equal(store.ids("val"), plain.ids("val"))
+
+
+def test_whoever_is_second_with_the_same_tokens_takes_those_of_the_first(stories, tmp_path) -> None:
+    corpus, cache, first = open_corpus(str(stories), Reading()), tmp_path / "cache", []
+
+    def make(progress=None):
+        return prepare([corpus], [], Reading(), Splitting(), None, 300, None, cache, progress)
+
+    def overtake(label: str, done: int, total: int) -> None:
+        if label == "tokenizing" and not first:
+            first.append(make())
+
+    second = make(overtake)
+    assert second.folder == first[0].folder
+    assert [file.name for file in cache.iterdir()] == [second.folder.name], "nothing half-written beside it"
 
 
 def test_cache_is_keyed_by_content_tokenizer_and_settings(tmp_path, run_prepare) -> None:
